@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * emit.h - handing a record over: reserve, fill, submit, and count each loss.
+ *
+ * The ring buffer is also the journal: the agent frees a record only after its entry is in the log, so records outlive the
+ * agent's crash. Nobody is woken for a record; the agent looks every few milliseconds (a wake-up for each costs an
+ * exec-heavy load half its speed).
+ */
+#ifndef IMANS_EMIT_H
+#define IMANS_EMIT_H
+
+/* Size set by the agent before load (--ring-size). Full: the record is lost and counted in losses. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 16 << 20);
+} events SEC(".maps");
+
+/* Full: the loss is counted for the namespace id 0, which is the native one's concern. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct imans_loss_key);
+	__type(value, __u64);
+} losses SEC(".maps");
+
+static __u64 imans_sequence;
+
+static __noinline int imans_lose(__u64 mntns, __u32 inum, __u32 reason)
+{
+	struct imans_loss_key key = { .mntns = mntns, .inum = inum, .reason = reason };
+	__u64 one = 1, zero = 0, *count;
+
+	bpf_map_update_elem(&losses, &key, &zero, BPF_NOEXIST);
+	count = bpf_map_lookup_elem(&losses, &key);
+	if (!count) {
+		key.mntns = 0;
+		key.inum = 0;
+		bpf_map_update_elem(&losses, &key, &zero, BPF_NOEXIST);
+		count = bpf_map_lookup_elem(&losses, &key);
+	}
+	if (count)
+		__sync_fetch_and_add(count, one);
+	return 0;
+}
+
+static __always_inline void imans_fill_header(struct imans_header *header, __u32 kind, __u64 mntns, __u32 inum)
+{
+	header->kind = kind;
+	header->inum = inum;
+	header->mntns = mntns;
+	header->boottime = bpf_ktime_get_boot_ns();
+	header->sequence = __sync_fetch_and_add(&imans_sequence, 1);
+}
+
+#endif

@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * event.h - what crosses from the kernel to the agent: ring buffer records and map entries.
+ *
+ * internal/event decodes these bytes by explicit offsets; a test there compares every offset with the BTF of the
+ * compiled object. All numbers are in the machine's byte order; padding is explicit and always zero.
+ */
+#ifndef IMANS_EVENT_H
+#define IMANS_EVENT_H
+
+#define IMANS_PATH_MAX 4096 /* PATH_MAX */
+#define IMANS_SHORT_PATH 512
+#define IMANS_FS_NAME_MAX 32
+#define IMANS_DIGEST_MAX 64 /* IMA_MAX_DIGEST_SIZE */
+
+enum imans_kind {
+	IMANS_FILE = 1,
+	IMANS_BIRTH = 2,
+	IMANS_DEATH = 3,
+	IMANS_MOVE = 4,
+};
+
+/* The function, as internal/ima numbers it: enum ima_hooks of security/integrity/ima/ima.h from 0 = NONE. */
+enum imans_func {
+	IMANS_MMAP_CHECK = 2,
+	IMANS_BPRM_CHECK = 4,
+};
+
+enum imans_flag {
+	IMANS_REQPROT = 1 << 0,      /* the caller itself asked for PROT_EXEC: MMAP_CHECK_REQPROT too */
+	IMANS_MPROTECT = 1 << 1,     /* from file_mprotect: no path, vma_start and vma_end instead */
+	IMANS_UNLINKED = 1 << 2,     /* the name is gone: the path ends in " (deleted)" */
+	IMANS_WRITERS = 1 << 3,      /* someone had it open for writing before or after hashing */
+	IMANS_CHANGED = 1 << 4,      /* the version moved while the kernel hashed */
+	IMANS_VERSIONED = 1 << 5,    /* the file system keeps i_version */
+	IMANS_OVERLAY = 1 << 6,      /* content is that of an overlayfs file's real inode */
+	IMANS_NAME_ONLY = 1 << 7,    /* no path could be built: the path field is the last component */
+	IMANS_FS_NAME_CUT = 1 << 8,  /* a file system name or subtype did not fit */
+	IMANS_REAL_UNKNOWN = 1 << 9, /* an overlayfs file whose real inode could not be found */
+	IMANS_SETUID_CAP = 1 << 10,  /* CAP_SETUID is effective: euid rules look at suid and uid too */
+	IMANS_SETGID_CAP = 1 << 11,
+	IMANS_IDS_IGNORED = 1 << 12, /* the key holds no ids, as no rule of the chain names one */
+};
+
+/* Which content: the real inode and its version. 72 bytes. */
+struct imans_content {
+	__u64 ino;
+	__u64 change; /* i_version without its QUERIED bit; 0 where the file system keeps none */
+	__u64 size;
+	__s64 ctime_sec;
+	__u32 ctime_nsec;
+	__u32 dev; /* the kernel's dev_t: major << 20 | minor */
+	__u32 generation;
+	__u32 nlink;
+	__u64 fs_magic; /* of the file system that holds the real inode */
+	__u8 fs_uuid[16];
+};
+
+/* Who: the process and the ids that rules can name, as the initial user namespace numbers them. 40 bytes. */
+struct imans_subject {
+	__u32 tgid;
+	__u32 pid;
+	__u64 start_boottime; /* ns; with tgid it names a process for good */
+	__u32 uid, euid, suid;
+	__u32 gid, egid, sgid;
+};
+
+/* Every record begins so. 32 bytes. */
+struct imans_header {
+	__u32 kind; /* enum imans_kind */
+	__u32 inum; /* of the mount namespace concerned */
+	__u64 mntns; /* its unique id */
+	__u64 boottime; /* ns since boot, suspend included */
+	__u64 sequence; /* per boot and program set, no gaps but those of lost records */
+};
+
+/* Followed by path_len bytes of path, without a final zero. 360 bytes. */
+struct imans_file {
+	struct imans_header header;
+	struct imans_subject subject;
+	struct imans_content content;
+	__u64 policy; /* generation of the chain's policies that the event was filtered by; 0: none known */
+	__u64 seen_ino; /* inode number and device of the file as opened (overlayfs: its own inode) */
+	__u64 seen_magic;
+	__u8 seen_uuid[16];
+	__u32 seen_dev;
+	__u32 fowner, fgroup;
+	__u32 func;
+	__u32 flags;
+	__u32 path_len;
+	__u64 vma_start, vma_end;
+	__s32 digest_algo; /* enum hash_algo, or a negative errno of bpf_ima_file_hash */
+	__u32 pad;
+	__u8 digest[IMANS_DIGEST_MAX];
+	char fs_name[IMANS_FS_NAME_MAX];
+	char fs_subtype[IMANS_FS_NAME_MAX];
+};
+
+/* A mount namespace came to be, or was first met (parent 0: not known). 48 bytes. */
+struct imans_birth {
+	struct imans_header header;
+	__u64 parent;
+	__u32 parent_inum;
+	__u32 tgid; /* of its creator */
+};
+
+/* A mount namespace is gone. */
+struct imans_death {
+	struct imans_header header;
+};
+
+/* A process entered header.mntns by setns or unshare. 56 bytes. */
+struct imans_move {
+	struct imans_header header;
+	__u64 from;
+	__u32 from_inum;
+	__u32 tgid;
+	__u64 start_boottime;
+};
+
+/*
+ * measured_contents: one namespace's chain has seen this content, under these policies, by a subject with these ids, and
+ * every list that wants it holds it. The version is part of the key, so a newer version is simply another key. 120 bytes.
+ */
+struct imans_measured_key {
+	__u64 mntns;
+	__u64 policy;
+	__u64 ino;
+	__u64 change;
+	__u64 size;
+	__s64 ctime_sec;
+	__u32 ctime_nsec;
+	__u32 dev;
+	__u32 generation;
+	__u32 func; /* func and, shifted left by 8, the flags that a rule can see */
+	__u32 uid, euid, suid;
+	__u32 gid, egid, sgid;
+	__u32 seen_dev; /* rules see the overlay's own magic, name and owner */
+	__u32 pad;
+};
+
+/* mount_namespaces, by unique id. The agent writes policy and flags, the kernel side the rest. 32 bytes. */
+struct imans_mount_namespace {
+	__u64 parent;
+	__u64 policy; /* generation of the policies of this namespace and all its ancestors; 0: not yet looked at */
+	__u32 inum;
+	__u32 parent_inum;
+	__u32 flags; /* enum imans_mount_namespace_flag */
+	__u32 pad;
+};
+
+enum imans_mount_namespace_flag {
+	IMANS_IGNORE_IDS = 1 << 0, /* no rule of the chain names an id: the key's ids stay zero */
+};
+
+/*
+ * The kernel's own IMA, once a policy is loaded, answers bpf_ima_file_hash from its cache, and its cache of an overlayfs
+ * inode does not notice a change of the real one before IMA's own hook runs.
+ */
+enum imans_setting {
+	IMANS_DISTRUST_OVERLAY = 1 << 0, /* ask the kernel for no digest of an overlayfs file */
+};
+
+/* losses: how many events of a namespace could not be handed over, by reason (loss.json). */
+struct imans_loss_key {
+	__u64 mntns;
+	__u32 inum;
+	__u32 reason; /* enum imans_loss */
+};
+
+/* What iter/task writes, once a task. 40 bytes. */
+struct imans_task {
+	__u64 mntns;
+	__u64 parent_mntns; /* of the task's parent; 0: none */
+	__u64 start_boottime;
+	__u32 inum;
+	__u32 parent_inum;
+	__u32 tgid;
+	__u32 pid;
+};
+
+#endif

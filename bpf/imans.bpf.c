@@ -1,0 +1,190 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * imans.bpf.c - the kernel side of imans-agent.
+ *
+ *   bprm_check_security     a program, script or interpreter is about to run (BPRM_CHECK)
+ *   mmap_file               a file is about to be mapped executable (MMAP_CHECK, MMAP_CHECK_REQPROT)
+ *   file_mprotect           a mapped file is about to become executable (MMAP_CHECK)
+ *   copy_mnt_ns             a mount namespace is born; its creator's is its parent
+ *   switch_task_namespaces  a task moves into another mount namespace
+ *   proc_free_inum          a mount namespace is gone
+ *   iter/task               which mount namespaces there are, run once by the agent
+ *
+ * Every program records and allows: the value an earlier program returned is handed on.
+ */
+#include "kernel.h"
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+#include <bpf/bpf_core_read.h>
+#include "event.h"
+#include "loss.h"
+
+/* ---- Globals ---- */
+
+/* Set before load. False: the agent hashes (--digest=agent, or a kernel without the helper). */
+const volatile bool imans_kernel_digest = true;
+
+#include "emit.h"
+#include "mntns.h"
+#include "content.h"
+#include "measured.h"
+#include "file.h"
+
+/* ---- Files ---- */
+
+/* Sleepable: the digest may have to be read from disk. */
+SEC("lsm.s/bprm_check_security")
+int BPF_PROG(imans_bprm_check_security, struct linux_binprm *bprm, int ret)
+{
+	struct file *file = bprm->file;
+	struct imans_look look = {};
+
+	if (!ret && imans_needs_event(file, IMANS_BPRM_CHECK, 0, &look)) {
+		imans_take_digest(file, &look);
+		imans_submit_file(file, &look);
+	}
+	return ret;
+}
+
+/* Sleepable, as it runs before mmap_lock is taken. The check for NULL is compulsory since 7.0. */
+SEC("lsm.s/mmap_file")
+int BPF_PROG(imans_mmap_file, struct file *file, unsigned long reqprot, unsigned long prot, unsigned long flags, int ret)
+{
+	struct imans_look look = {};
+
+	if (ret || !file || !(prot & PROT_EXEC))
+		return ret;
+	if (imans_needs_event(file, IMANS_MMAP_CHECK, reqprot & PROT_EXEC ? IMANS_REQPROT : 0, &look)) {
+		imans_take_digest(file, &look);
+		imans_submit_file(file, &look);
+	}
+	return ret;
+}
+
+/*
+ * Not sleepable: it runs under mmap_lock, where reading a file could wait for that very lock. So there is no digest and no
+ * path: the agent finds both through the mapping. An overlayfs file's vm_file is the real file already.
+ */
+SEC("lsm/file_mprotect")
+int BPF_PROG(imans_file_mprotect, struct vm_area_struct *vma, unsigned long reqprot, unsigned long prot, int ret)
+{
+	struct file *file = vma->vm_file;
+	struct imans_look look = {};
+
+	if (ret || !file || !(prot & PROT_EXEC) || (vma->vm_flags & VM_EXEC))
+		return ret;
+	if (imans_needs_event(file, IMANS_MMAP_CHECK, IMANS_MPROTECT | (reqprot & PROT_EXEC ? IMANS_REQPROT : 0), &look)) {
+		look.vma_start = vma->vm_start;
+		look.vma_end = vma->vm_end;
+		look.digest_algo = -95; /* EOPNOTSUPP */
+		imans_submit_mapping(file, &look);
+	}
+	return ret;
+}
+
+/* ---- Mount namespaces ---- */
+
+static __always_inline void imans_submit_birth(__u64 id, __u32 inum, __u64 parent, __u32 parent_inum)
+{
+	struct imans_birth *record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
+
+	if (!record) {
+		imans_lose(id, inum, IMANS_LOSS_RING_BUFFER_FULL);
+		return;
+	}
+	imans_fill_header(&record->header, IMANS_BIRTH, id, inum);
+	record->parent = parent;
+	record->parent_inum = parent_inum;
+	record->tgid = bpf_get_current_pid_tgid() >> 32;
+	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
+}
+
+/* At the exit the new namespace has its id, and no task is in it yet: the birth precedes each of its events. */
+SEC("fexit/copy_mnt_ns")
+int BPF_PROG(imans_copy_mnt_ns, unsigned long flags, struct mnt_namespace *ns, void *user_ns, void *new_fs,
+	     struct mnt_namespace *ret)
+{
+	__u64 id;
+
+	if (ret == ns || (unsigned long)ret >= (unsigned long)-4095 /* an error number */)
+		return 0;
+	id = imans_mntns_id(ret);
+	if (imans_mntns_register(id, ret->ns.inum, imans_mntns_id(ns), ns->ns.inum))
+		imans_submit_birth(id, ret->ns.inum, imans_mntns_id(ns), ns->ns.inum);
+	return 0;
+}
+
+/* Also how a namespace without any task when the agent first started is met. 6.1 calls it with NULL when a task exits. */
+SEC("fentry/switch_task_namespaces")
+int BPF_PROG(imans_switch_task_namespaces, struct task_struct *task, struct nsproxy *new)
+{
+	struct mnt_namespace *from, *to;
+	struct imans_move *record;
+	__u64 id;
+
+	if (!new)
+		return 0;
+	from = task->nsproxy->mnt_ns;
+	to = new->mnt_ns;
+	if (from == to)
+		return 0;
+	id = imans_mntns_id(to);
+	if (imans_mntns_register(id, to->ns.inum, 0, 0))
+		imans_submit_birth(id, to->ns.inum, 0, 0);
+	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
+	if (!record)
+		return imans_lose(id, to->ns.inum, IMANS_LOSS_RING_BUFFER_FULL);
+	imans_fill_header(&record->header, IMANS_MOVE, id, to->ns.inum);
+	record->from = imans_mntns_id(from);
+	record->from_inum = from->ns.inum;
+	record->tgid = task->tgid;
+	record->start_boottime = task->group_leader->start_boottime;
+	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
+	return 0;
+}
+
+/* Called for every inode number of /proc that is given back, before it is free again. */
+SEC("fentry/proc_free_inum")
+int BPF_PROG(imans_proc_free_inum, unsigned int inum)
+{
+	__u64 id = imans_mntns_forget(inum);
+	struct imans_death *record;
+
+	if (!id)
+		return 0;
+	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
+	if (!record)
+		return imans_lose(id, inum, IMANS_LOSS_RING_BUFFER_FULL);
+	imans_fill_header(&record->header, IMANS_DEATH, id, inum);
+	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
+	return 0;
+}
+
+SEC("iter/task")
+int imans_iter_task(struct bpf_iter__task *ctx)
+{
+	struct seq_file *seq = ctx->meta->seq;
+	struct task_struct *task = ctx->task;
+	struct imans_task record = {};
+	struct mnt_namespace *ns, *parent;
+
+	if (!task)
+		return 0;
+	ns = task->nsproxy->mnt_ns;
+	record.inum = ns->ns.inum;
+	if (!record.inum)
+		return 0;
+	parent = task->real_parent->nsproxy->mnt_ns;
+	record.mntns = imans_mntns_id(ns);
+	record.parent_inum = parent->ns.inum;
+	record.parent_mntns = imans_mntns_id(parent);
+	record.start_boottime = task->group_leader->start_boottime;
+	record.tgid = task->tgid;
+	record.pid = task->pid;
+	imans_mntns_register(record.mntns, record.inum, 0, 0);
+	bpf_seq_write(seq, &record, sizeof(record));
+	return 0;
+}
+
+/* GPL: the helpers that read kernel memory and the kernel's digest ask for it. */
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

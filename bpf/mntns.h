@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * mntns.h - which mount namespace: identity that is never reused, and the table of those alive.
+ *
+ * A namespace's inode number is free for the next one as soon as it dies, so everything is keyed by the 64-bit id that
+ * the kernel never gives twice: mnt_namespace.seq up to 6.17, ns_common.ns_id from 6.18.
+ */
+#ifndef IMANS_MNTNS_H
+#define IMANS_MNTNS_H
+
+/*
+ * Every mount namespace alive that was seen. Full: the namespace goes unregistered, which counts as a loss; its events
+ * still flow, because nothing about it can be found here.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__type(key, __u64);
+	__type(value, struct imans_mount_namespace);
+} mount_namespaces SEC(".maps");
+
+/* Inode number to unique id, because a death tells the number only. Full: as above. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, __u64);
+} namespace_ids SEC(".maps");
+
+static __always_inline __u64 imans_mntns_id(struct mnt_namespace *ns)
+{
+	if (bpf_core_field_exists(struct ns_common___6_18, ns_id))
+		return ((struct ns_common___6_18 *)&ns->ns)->ns_id;
+	return ((struct mnt_namespace___6_1 *)ns)->seq;
+}
+
+/* Registers a namespace; false if it was known. Losing a race with another CPU means it is known. */
+static __always_inline bool imans_mntns_register(__u64 id, __u32 inum, __u64 parent, __u32 parent_inum)
+{
+	struct imans_mount_namespace entry = {
+		.parent = parent, .inum = inum, .parent_inum = parent_inum,
+	};
+	long err = bpf_map_update_elem(&mount_namespaces, &id, &entry, BPF_NOEXIST);
+
+	if (!err)
+		err = bpf_map_update_elem(&namespace_ids, &inum, &id, BPF_ANY);
+	if (err && err != -17 /* EEXIST */)
+		imans_lose(id, inum, IMANS_LOSS_NAMESPACE_MAP_FULL);
+	return !err;
+}
+
+/* Forgets the namespace of this inode number and returns its id; 0 if the number is not one of ours. */
+static __always_inline __u64 imans_mntns_forget(__u32 inum)
+{
+	__u64 *entry = bpf_map_lookup_elem(&namespace_ids, &inum);
+	__u64 id;
+
+	if (!entry)
+		return 0;
+	id = *entry;
+	bpf_map_delete_elem(&namespace_ids, &inum);
+	bpf_map_delete_elem(&mount_namespaces, &id);
+	return id;
+}
+
+#endif

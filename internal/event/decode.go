@@ -1,0 +1,175 @@
+package event
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"strings"
+	"time"
+
+	"imans.dev/imans-agent/internal/ima"
+)
+
+// Sizes in bytes of the fixed parts of bpf/event.h's structures.
+const (
+	HeaderSize = 32
+	FileSize   = 360
+	BirthSize  = 48
+	DeathSize  = 32
+	MoveSize   = 56
+	TaskSize   = 40
+)
+
+const (
+	kindFile  = 1
+	kindBirth = 2
+	kindDeath = 3
+	kindMove  = 4
+)
+
+// PathMax is the longest path that a record carries, in bytes: the kernel's PATH_MAX.
+const PathMax = 4096
+
+// Record is one decoded record: *File, *Birth, *Death or *Move.
+type Record interface {
+	// Origin returns the part that all records share.
+	Origin() Header
+}
+
+// Origin returns the header itself.
+func (h Header) Origin() Header { return h }
+
+// DecodeError is a record that is not as bpf/event.h describes: agent and kernel side are of different versions.
+type DecodeError struct {
+	Kind   uint32 // as the record says; 0 if it is too short to say
+	Length int    // bytes
+	Reason string
+}
+
+// Error tells what was wrong.
+func (e *DecodeError) Error() string {
+	return fmt.Sprintf("decode record of kind %d, %d bytes: %s", e.Kind, e.Length, e.Reason)
+}
+
+// Decode reads one ring buffer record. It copies what it keeps. The only error is a *DecodeError.
+func Decode(b []byte) (Record, error) {
+	if len(b) < HeaderSize {
+		return nil, &DecodeError{Length: len(b), Reason: "shorter than a header"}
+	}
+	kind := u32(b, 0)
+	bad := func(format string, args ...any) (Record, error) {
+		return nil, &DecodeError{Kind: kind, Length: len(b), Reason: fmt.Sprintf(format, args...)}
+	}
+	sizes := map[uint32]int{kindFile: FileSize, kindBirth: BirthSize, kindDeath: DeathSize, kindMove: MoveSize}
+	size, ok := sizes[kind]
+	if !ok {
+		return bad("unknown kind")
+	}
+	if len(b) < size {
+		return bad("shorter than its kind's %d bytes", size)
+	}
+	h := Header{NS: mountNS(b, 8, 4), Boottime: time.Duration(u64(b, 16)), Sequence: u64(b, 24)}
+	switch kind {
+	case kindBirth:
+		return &Birth{Header: h, Parent: mountNS(b, 32, 40), Creator: u32(b, 44)}, nil
+	case kindDeath:
+		return &Death{h}, nil
+	case kindMove:
+		tgid := u32(b, 44)
+		return &Move{Header: h, From: mountNS(b, 32, 40), Process: Process{tgid, tgid, time.Duration(u64(b, 48))}}, nil
+	}
+	f := decodeFile(b, h)
+	if err := f.finish(b); err != "" {
+		return bad("%s", err)
+	}
+	return f, nil
+}
+
+// decodeFile reads the fields of fixed place.
+func decodeFile(b []byte, h Header) *File {
+	f := &File{
+		Header:   h,
+		Process:  Process{TGID: u32(b, 32), PID: u32(b, 36), Start: time.Duration(u64(b, 40))},
+		Subject:  Subject{UID: u32(b, 48), EUID: u32(b, 52), SUID: u32(b, 56), GID: u32(b, 60), EGID: u32(b, 64), SGID: u32(b, 68)},
+		Nlink:    u32(b, 116),
+		RealFS:   FileSystem{Magic: u64(b, 120), UUID: [16]byte(b[128:144])},
+		Policy:   u64(b, 144),
+		SeenIno:  u64(b, 152),
+		SeenFS:   FileSystem{Magic: u64(b, 160), UUID: [16]byte(b[168:184]), Name: cString(b[296:328]), Subtype: cString(b[328:360])},
+		SeenDev:  u32(b, 184),
+		FOwner:   u32(b, 188),
+		FGroup:   u32(b, 192),
+		Func:     ima.Func(u32(b, 196)),
+		Flags:    Flags(u32(b, 200)),
+		VMAStart: u64(b, 208),
+		VMAEnd:   u64(b, 216),
+	}
+	f.Content = Content{
+		Ino: u64(b, 72), Change: u64(b, 80), Size: u64(b, 88), CtimeSec: int64(u64(b, 96)),
+		CtimeNsec: u32(b, 104), Dev: u32(b, 108), Generation: u32(b, 112),
+	}
+	if f.Flags&Overlay == 0 {
+		f.RealFS = f.SeenFS
+	}
+	return f
+}
+
+// finish checks and takes the fields that can be wrong; it returns what is, or "".
+func (f *File) finish(b []byte) string {
+	if fn := u32(b, 196); fn != uint32(ima.BPRMCheck) && fn != uint32(ima.MmapCheck) {
+		return fmt.Sprintf("function %d is not one that is hooked", fn)
+	}
+	n := u32(b, 204)
+	if n > PathMax || FileSize+int(n) > len(b) {
+		return fmt.Sprintf("a path of %d bytes does not fit", n)
+	}
+	f.Path = string(b[FileSize : FileSize+int(n)])
+	if strings.IndexByte(f.Path, 0) >= 0 {
+		return "a zero byte in the path"
+	}
+	if f.Flags&Unlinked != 0 {
+		f.Path = strings.TrimSuffix(f.Path, " (deleted)")
+	}
+	algo := int32(u32(b, 224))
+	if algo < 0 {
+		f.Errno = -algo
+		return ""
+	}
+	a := ima.HashAlgo(algo)
+	if algo > 255 || !a.Valid() || a.Size() == 0 {
+		return fmt.Sprintf("hash algorithm %d is unknown", algo)
+	}
+	d, err := ima.NewDigest(a, b[232:232+a.Size()])
+	if err != nil {
+		return err.Error()
+	}
+	f.Digest = d
+	return ""
+}
+
+// DecodeTasks reads what the task iterator wrote.
+func DecodeTasks(b []byte) ([]Task, error) {
+	if len(b)%TaskSize != 0 {
+		return nil, &DecodeError{Length: len(b), Reason: fmt.Sprintf("not a multiple of a task's %d bytes", TaskSize)}
+	}
+	tasks := make([]Task, 0, len(b)/TaskSize)
+	for ; len(b) > 0; b = b[TaskSize:] {
+		tasks = append(tasks, Task{
+			NS: mountNS(b, 0, 24), ParentNS: mountNS(b, 8, 28),
+			Process: Process{TGID: u32(b, 32), PID: u32(b, 36), Start: time.Duration(u64(b, 16))},
+		})
+	}
+	return tasks, nil
+}
+
+func u32(b []byte, at int) uint32 { return binary.NativeEndian.Uint32(b[at:]) }
+func u64(b []byte, at int) uint64 { return binary.NativeEndian.Uint64(b[at:]) }
+
+func mountNS(b []byte, id, inum int) MountNS { return MountNS{Inum: u32(b, inum), ID: u64(b, id)} }
+
+func cString(b []byte) string {
+	if i := bytes.IndexByte(b, 0); i >= 0 {
+		b = b[:i]
+	}
+	return string(b)
+}

@@ -1,0 +1,175 @@
+// Package event holds what a kernel hook saw, as Go values, and the one decoder of the kernel side's records.
+//
+// It is pure: it reads bytes, opens nothing and runs on any OS. bpf/event.h is the other half; every offset used here is
+// compared with the compiled object by a test of internal/loader. A record is decoded once; its value is then only read.
+//
+// Records come from this machine's kernel in its own byte order (little endian on amd64 and arm64). What a record says of
+// a path, a file system name or a process was true when the hook ran, and may not be true any more.
+package event
+
+import (
+	"fmt"
+	"time"
+
+	"imans.dev/imans-agent/internal/ima"
+)
+
+// MountNS names a mount namespace for good: its inode number, as lsns prints it, and the kernel's 64-bit id, which is never
+// given twice. The zero value names none. An inode number alone is reused and names nothing.
+type MountNS struct {
+	Inum uint32
+	ID   uint64
+}
+
+// String returns "inum:id".
+func (n MountNS) String() string { return fmt.Sprintf("%d:%d", n.Inum, n.ID) }
+
+// IsZero reports whether n names no namespace.
+func (n MountNS) IsZero() bool { return n == MountNS{} }
+
+// Content names the bytes of a file: the real inode that holds them (under overlayfs that of a layer) and the version of
+// its content. Two equal values mean the same bytes where Trusted says so. Usable as a map key.
+type Content struct {
+	Dev        uint32 // kernel dev_t: major << 20 | minor
+	Generation uint32 // tells an inode number's reuse apart
+	Ino        uint64
+	Change     uint64 // i_version shifted right by one; 0 where the file system keeps none
+	Size       uint64 // bytes
+	CtimeSec   int64  // change time, seconds since 1970
+	CtimeNsec  uint32
+}
+
+// Ctime returns the change time.
+func (c Content) Ctime() time.Time { return time.Unix(c.CtimeSec, int64(c.CtimeNsec)) }
+
+// Process names a process for good: its thread group id in the initial pid namespace and when it started.
+type Process struct {
+	TGID, PID uint32
+	Start     time.Duration // since boot, suspend included
+}
+
+// Subject is the ids of the task that acted, as the initial user namespace numbers them.
+type Subject struct {
+	UID, EUID, SUID uint32
+	GID, EGID, SGID uint32
+}
+
+// Flags is what a hook noticed beside the fields: enum imans_flag of bpf/event.h.
+type Flags uint32
+
+// The flags.
+const (
+	Reqprot     Flags = 1 << iota // the caller itself asked for PROT_EXEC
+	Mprotect                      // from file_mprotect: no path; VMAStart and VMAEnd say where
+	Unlinked                      // the name was gone when the hook ran
+	Writers                       // someone had the file open for writing
+	Changed                       // the version moved while the kernel hashed
+	Versioned                     // the file system keeps i_version
+	Overlay                       // Content is of an overlayfs file's real inode
+	NameOnly                      // Path is the last component only
+	FSNameCut                     // a file system name or subtype did not fit its field
+	RealUnknown                   // an overlayfs file whose real inode could not be found
+	SetUIDCap                     // CAP_SETUID is effective
+	SetGIDCap                     // CAP_SETGID is effective
+	IDsIgnored                    // no rule of the namespace's chain names an id
+)
+
+// Header is what all records share.
+type Header struct {
+	NS       MountNS
+	Boottime time.Duration // when the hook ran, since boot, suspend included
+	Sequence uint64        // of the record, from 0 at load
+}
+
+// File is one file about to be run or mapped executable.
+type File struct {
+	Header
+	Process  Process
+	Subject  Subject
+	Func     ima.Func // BPRMCheck or MmapCheck
+	Flags    Flags
+	Content  Content
+	RealFS   FileSystem // of the real inode; Name and Subtype are empty where Overlay
+	Nlink    uint32
+	Policy   uint64     // generation of the chain's policies that the kernel side filtered by
+	SeenFS   FileSystem // of the file as opened: what rules see
+	SeenIno  uint64
+	SeenDev  uint32
+	FOwner   uint32
+	FGroup   uint32
+	Path     string // as the task saw it; any bytes but zero
+	VMAStart uint64 // with Mprotect: the mapping
+	VMAEnd   uint64
+	Digest   ima.Digest // the kernel's; none if it could not give one
+	Errno    int32      // why not: a positive errno, 0 if there is a digest
+}
+
+// FileSystem is what rules can name of a file system.
+type FileSystem struct {
+	Magic   uint64
+	UUID    [16]byte
+	Name    string
+	Subtype string
+}
+
+// Birth is a mount namespace that came to be, or was first met (Parent zero: not known).
+type Birth struct {
+	Header
+	Parent  MountNS
+	Creator uint32 // thread group id
+}
+
+// Death is a mount namespace that is gone.
+type Death struct{ Header }
+
+// Move is a process that entered Header.NS.
+type Move struct {
+	Header
+	From    MountNS
+	Process Process
+}
+
+// Task is one task as the task iterator reports it.
+type Task struct {
+	NS, ParentNS MountNS // ParentNS: of the task's parent; zero if it has none
+	Process      Process
+}
+
+// MeasuredKey is a key of the kernel side's map of content that needs no event: struct imans_measured_key.
+type MeasuredKey struct {
+	MountNS    uint64
+	Policy     uint64
+	Ino        uint64
+	Change     uint64
+	Size       uint64
+	CtimeSec   int64
+	CtimeNsec  uint32
+	Dev        uint32
+	Generation uint32
+	Func       uint32
+	UID        uint32
+	EUID       uint32
+	SUID       uint32
+	GID        uint32
+	EGID       uint32
+	SGID       uint32
+	SeenDev    uint32
+	Pad        uint32
+}
+
+// MeasuredKey returns the key that the kernel side looked up before it sent f.
+func (f *File) MeasuredKey() MeasuredKey {
+	seen := f.Flags & Reqprot
+	k := MeasuredKey{
+		MountNS: f.NS.ID, Policy: f.Policy, Ino: f.Content.Ino, Change: f.Content.Change, Size: f.Content.Size,
+		CtimeSec: f.Content.CtimeSec, CtimeNsec: f.Content.CtimeNsec, Dev: f.Content.Dev,
+		Generation: f.Content.Generation, SeenDev: f.SeenDev,
+	}
+	if f.Flags&IDsIgnored == 0 {
+		seen |= f.Flags & (SetUIDCap | SetGIDCap)
+		k.UID, k.EUID, k.SUID = f.Subject.UID, f.Subject.EUID, f.Subject.SUID
+		k.GID, k.EGID, k.SGID = f.Subject.GID, f.Subject.EGID, f.Subject.SGID
+	}
+	k.Func = uint32(f.Func) | uint32(seen)<<8
+	return k
+}

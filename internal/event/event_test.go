@@ -1,0 +1,135 @@
+package event
+
+import (
+	"encoding/binary"
+	"errors"
+	"strings"
+	"testing"
+
+	"imans.dev/imans-agent/internal/ima"
+)
+
+// fileRecord builds a record as bpf/file.h does.
+func fileRecord(path string, change func(b []byte)) []byte {
+	b := make([]byte, FileSize+512)
+	put32 := func(at int, v uint32) { binary.NativeEndian.PutUint32(b[at:], v) }
+	put64 := func(at int, v uint64) { binary.NativeEndian.PutUint64(b[at:], v) }
+	put32(0, kindFile)
+	put32(4, 4026532281)
+	put64(8, 7)
+	put64(24, 99)
+	put32(32, 1234)
+	put64(72, 555)
+	put64(80, 21)
+	put64(88, 4096)
+	put32(108, 8<<20|1)
+	put32(196, uint32(ima.BPRMCheck))
+	put32(204, uint32(len(path)))
+	put32(224, uint32(ima.SHA256))
+	b[232] = 0xab
+	copy(b[296:], "ext4")
+	copy(b[FileSize:], path)
+	if change != nil {
+		change(b)
+	}
+	return b
+}
+
+func TestDecodeFile(t *testing.T) {
+	r, err := Decode(fileRecord("/bin/true", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := r.(*File)
+	if f.NS.String() != "4026532281:7" || f.Sequence != 99 || f.Path != "/bin/true" || f.Process.TGID != 1234 {
+		t.Errorf("decoded %+v", f)
+	}
+	if f.Digest.Algo() != ima.SHA256 || f.Digest.Bytes()[0] != 0xab || f.Errno != 0 {
+		t.Errorf("digest %v, errno %d", f.Digest, f.Errno)
+	}
+	if f.SeenFS.Name != "ext4" || f.RealFS.Name != "ext4" {
+		t.Errorf("file system %+v", f.SeenFS)
+	}
+	key := f.MeasuredKey()
+	if key.Ino != 555 || key.Change != 21 || key.Func != uint32(ima.BPRMCheck) || key.MountNS != 7 {
+		t.Errorf("key %+v", key)
+	}
+}
+
+func TestDecodeFileFlags(t *testing.T) {
+	set := func(flags Flags) func([]byte) {
+		return func(b []byte) { binary.NativeEndian.PutUint32(b[200:], uint32(flags)) }
+	}
+	deleted := fileRecord("/tmp/x (deleted)", set(Unlinked))
+	if r, err := Decode(deleted); err != nil || r.(*File).Path != "/tmp/x" {
+		t.Errorf("unlinked: %v, %v", r, err)
+	}
+	honest := fileRecord("/tmp/x (deleted)", nil)
+	if r, err := Decode(honest); err != nil || r.(*File).Path != "/tmp/x (deleted)" {
+		t.Errorf("a file really called so: %v, %v", r, err)
+	}
+	withIDs := fileRecord("/x", func(b []byte) {
+		set(SetUIDCap | Reqprot)(b)
+		binary.NativeEndian.PutUint32(b[48:], 1000)
+	})
+	r, err := Decode(withIDs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if k := r.(*File).MeasuredKey(); k.UID != 1000 || k.Func != uint32(ima.BPRMCheck)|uint32(SetUIDCap|Reqprot)<<8 {
+		t.Errorf("key %+v", k)
+	}
+	ignored := fileRecord("/x", func(b []byte) {
+		set(SetUIDCap | Reqprot | IDsIgnored)(b)
+		binary.NativeEndian.PutUint32(b[48:], 1000)
+	})
+	if r, err = Decode(ignored); err != nil {
+		t.Fatal(err)
+	}
+	if k := r.(*File).MeasuredKey(); k.UID != 0 || k.Func != uint32(ima.BPRMCheck)|uint32(Reqprot)<<8 {
+		t.Errorf("key with ids ignored %+v", k)
+	}
+}
+
+func TestDecodeRefuses(t *testing.T) {
+	put32 := func(at int, v uint32) func([]byte) {
+		return func(b []byte) { binary.NativeEndian.PutUint32(b[at:], v) }
+	}
+	for name, c := range map[string]struct {
+		record []byte
+		reason string
+	}{
+		"empty":             {nil, "shorter than a header"},
+		"unknown kind":      {fileRecord("/x", put32(0, 77)), "unknown kind"},
+		"cut":               {fileRecord("/x", nil)[:FileSize-1], "shorter than its kind"},
+		"path beyond":       {fileRecord("/x", put32(204, 513)), "does not fit"},
+		"path too long":     {fileRecord("/x", put32(204, 1<<31)), "does not fit"},
+		"zero in path":      {fileRecord("/x\x00y", nil), "zero byte"},
+		"unknown function":  {fileRecord("/x", put32(196, 9)), "not one that is hooked"},
+		"unknown algorithm": {fileRecord("/x", put32(224, 200)), "hash algorithm"},
+	} {
+		_, err := Decode(c.record)
+		var bad *DecodeError
+		if !errors.As(err, &bad) || !strings.Contains(err.Error(), c.reason) {
+			t.Errorf("%s: error %v, want %q", name, err, c.reason)
+		}
+	}
+	if _, err := DecodeTasks(make([]byte, TaskSize+1)); err == nil {
+		t.Error("DecodeTasks took a cut task")
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add(fileRecord("/bin/true", nil))
+	f.Add(fileRecord("/bin/true", nil)[:FileSize])
+	f.Add(make([]byte, BirthSize))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := Decode(b)
+		if (r == nil) == (err == nil) {
+			t.Fatalf("record %v with error %v", r, err)
+		}
+		if file, ok := r.(*File); ok && len(file.Path) > PathMax {
+			t.Fatalf("a path of %d bytes", len(file.Path))
+		}
+	})
+}

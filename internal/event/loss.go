@@ -1,0 +1,31 @@
+// Code generated from bpf/loss.json by tools/bpf2go. DO NOT EDIT.
+
+package event
+
+// Loss is a reason for which an event did not become an ordinary entry. docs/losses.md explains each.
+type Loss uint32
+
+// The reasons of bpf/loss.json.
+const (
+	LossRingBufferFull   Loss = 1  // kernel side
+	LossNamespaceMapFull Loss = 2  // kernel side
+	LossNoMountNamespace Loss = 3  // kernel side
+	LossFileUnreachable  Loss = 4  // agent side
+	LossContentChanged   Loss = 5  // agent side
+	LossOpenWriters      Loss = 6  // agent side
+	LossReadError        Loss = 7  // agent side
+	LossUndecodableEvent Loss = 8  // agent side
+	LossProgramsReplaced Loss = 9  // agent side
+	LossPathUnknown      Loss = 10 // agent side
+	LossNoNamespaceID    Loss = 11 // agent side
+)
+
+var lossNames = [...]string{"none", "ring_buffer_full", "namespace_map_full", "no_mount_namespace", "file_unreachable", "content_changed", "open_writers", "read_error", "undecodable_event", "programs_replaced", "path_unknown", "no_namespace_id"}
+
+// String returns the name that violation entries carry.
+func (l Loss) String() string {
+	if int(l) < len(lossNames) {
+		return lossNames[l]
+	}
+	return "unknown"
+}

@@ -1,0 +1,233 @@
+//go:build vm
+
+package loader
+
+import (
+	"crypto/sha256"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
+)
+
+const testPins = "/sys/fs/bpf/imans-test"
+
+func open(t *testing.T, o Options) *Kernel {
+	t.Helper()
+	if o.PinDir == "" {
+		o.PinDir = testPins
+	}
+	if o.RingSize == 0 {
+		o.RingSize = 1 << 20
+	}
+	k, err := Open(o)
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	return k
+}
+
+// program copies /bin/true to a new inode with content of its own.
+func program(t *testing.T, path string) [32]byte {
+	t.Helper()
+	b, err := os.ReadFile("/bin/true")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b = append(b, path...)
+	if err := os.WriteFile(path, b, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return sha256.Sum256(b)
+}
+
+func execs(t *testing.T, path string) {
+	t.Helper()
+	if out, err := exec.Command(path).CombinedOutput(); err != nil {
+		t.Fatalf("run %s: %v %s", path, err, out)
+	}
+}
+
+// files drains the ring and returns the file events of one path.
+func files(t *testing.T, k *Kernel, path string) []*event.File {
+	t.Helper()
+	var found []*event.File
+	for b := k.Next(); b != nil; b = k.Next() {
+		r, err := event.Decode(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f, ok := r.(*event.File); ok && f.Path == path {
+			found = append(found, f)
+		}
+	}
+	k.Commit()
+	return found
+}
+
+func TestKernelExecEvent(t *testing.T) {
+	k := open(t, Options{KernelDigest: true})
+	defer Unload(testPins)
+	defer k.Close()
+	for _, dir := range []string{"/root", "/tmp"} {
+		path := filepath.Join(dir, "imans-exec")
+		sum := program(t, path)
+		defer os.Remove(path)
+		execs(t, path)
+		got := files(t, k, path)
+		if len(got) == 0 {
+			t.Fatalf("%s: no event", path)
+		}
+		f := got[0]
+		if f.Func != ima.BPRMCheck || string(f.Digest.Bytes()) != string(sum[:]) {
+			t.Errorf("%s: %v, digest %v want %x, errno %d", path, f.Func, f.Digest, sum, f.Errno)
+		}
+		if f.Content.Size == 0 || f.Content.Ino == 0 || time.Since(f.Content.Ctime()) > time.Hour {
+			t.Errorf("%s: content %+v", path, f.Content)
+		}
+		execs(t, path)
+		again := files(t, k, path)
+		if len(again) == 0 {
+			t.Fatalf("%s: no event the second time, though nothing was marked", path)
+		}
+		for _, f := range again {
+			if err := k.MarkMeasured(f.MeasuredKey()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		execs(t, path)
+		if got := files(t, k, path); len(got) != 0 {
+			t.Errorf("%s: %d events after it was marked as measured: %+v", path, len(got), got[0])
+		}
+		program(t, path)
+		os.Chmod(path, 0o700)
+		execs(t, path)
+		if got := files(t, k, path); len(got) == 0 {
+			t.Errorf("%s: no event after it changed", path)
+		}
+	}
+}
+
+func TestKernelAdoption(t *testing.T) {
+	k := open(t, Options{KernelDigest: true})
+	defer Unload(testPins)
+	if k.Origin() != Loaded {
+		t.Fatalf("origin %v, want loaded", k.Origin())
+	}
+	k.Close()
+	path := "/root/imans-adopt"
+	program(t, path)
+	defer os.Remove(path)
+	execs(t, path)
+	k = open(t, Options{KernelDigest: true})
+	if k.Origin() != Adopted {
+		t.Fatalf("origin %v, want adopted", k.Origin())
+	}
+	if len(files(t, k, path)) == 0 {
+		t.Error("an exec while no agent ran left no event")
+	}
+	k.Close()
+	if err := os.Remove(testPins + "/link_imans_mmap_file"); err != nil {
+		t.Fatal(err)
+	}
+	k = open(t, Options{KernelDigest: true})
+	if k.Origin() != Replaced {
+		t.Errorf("origin %v of a partial set, want replaced", k.Origin())
+	}
+	k.Close()
+	k = open(t, Options{KernelDigest: false})
+	if k.Origin() != Replaced {
+		t.Errorf("origin %v of another build, want replaced", k.Origin())
+	}
+	k.Close()
+	if err := Unload(testPins); err != nil {
+		t.Fatal(err)
+	}
+	k = open(t, Options{})
+	if k.Origin() != Loaded {
+		t.Errorf("origin %v after unload, want loaded", k.Origin())
+	}
+	k.Close()
+}
+
+func TestKernelNamespaces(t *testing.T) {
+	k := open(t, Options{})
+	defer Unload(testPins)
+	defer k.Close()
+	tasks, err := k.Tasks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var native event.MountNS
+	for _, task := range tasks {
+		if task.Process.PID == 1 {
+			native = task.NS
+		}
+	}
+	if native.IsZero() || native.ID == 0 {
+		t.Fatalf("process 1's namespace is %v of %d tasks", native, len(tasks))
+	}
+	known, err := k.Registered()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := known[native]; !ok {
+		t.Errorf("native namespace %v is not registered: %v", native, known)
+	}
+	if out, err := exec.Command("unshare", "-m", "/bin/true").CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	births, deaths := map[event.MountNS]event.MountNS{}, map[event.MountNS]bool{}
+	deadline := time.Now().Add(5 * time.Second)
+	for len(deaths) == 0 && time.Now().Before(deadline) {
+		for b := k.Next(); b != nil; b = k.Next() {
+			r, err := event.Decode(b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			switch r := r.(type) {
+			case *event.Birth:
+				births[r.NS] = r.Parent
+			case *event.Death:
+				deaths[r.NS] = true
+			}
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	k.Commit()
+	if len(births) != 1 || len(deaths) != 1 {
+		t.Fatalf("births %v, deaths %v", births, deaths)
+	}
+	for ns, parent := range births {
+		if parent != native || !deaths[ns] {
+			t.Errorf("namespace %v: parent %v, want %v; deaths %v", ns, parent, native, deaths)
+		}
+	}
+}
+
+func TestKernelLossIsCounted(t *testing.T) {
+	k := open(t, Options{RingSize: uint32(os.Getpagesize())})
+	defer Unload(testPins)
+	defer k.Close()
+	for range 20 {
+		execs(t, "/bin/true")
+	}
+	losses, err := k.Losses()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lost uint64
+	for key, n := range losses {
+		if key.Reason != event.LossRingBufferFull || key.NS.IsZero() {
+			t.Errorf("%+v lost %d", key, n)
+		}
+		lost += n
+	}
+	if lost == 0 {
+		t.Error("no loss was counted with a ring buffer of one page")
+	}
+}
