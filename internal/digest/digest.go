@@ -1,0 +1,135 @@
+// Package digest finds the digest of a file's content, and proves that it is of the very content that an event saw.
+//
+// Open finds the file that an event means: the same inode, in the namespace in which the event happened. Sum hashes it
+// once, in all the algorithms asked for, and compares device, inode, change time and size before and after. A Cache keeps
+// digests by content identity, so that a file which many namespaces use is read once.
+//
+// What can't be proven is an error, never a guess: ErrUnreachable (the file is gone or another stands in its place),
+// ErrChanged (the content moved before or while it was read), or the read's own error. The caller records a violation.
+//
+// The proof rests on the inode's change time, which moves in ticks of up to 10 ms: two quick writes can hide in one. So
+// Settled tells whether a content was old enough when hashed for its identity to stand for its bytes; only then may it be
+// cached or skipped next time.
+package digest
+
+import (
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
+)
+
+var (
+	// ErrUnreachable means that the file an event saw can't be opened any more.
+	ErrUnreachable = errors.New("the file is gone or another stands in its place")
+	// ErrChanged means that the content is not, or may not be, what the event saw.
+	ErrChanged = errors.New("the content changed")
+)
+
+// readSize is the size in bytes of one read: the fastest measured with SHA-256 (256 KiB).
+const readSize = 256 << 10
+
+// tick is the coarsest step of a file's change time: CONFIG_HZ=100. Content younger than two is not settled.
+const tick = 10 * time.Millisecond
+
+// Settled reports whether content was at least two ticks old at the given time.
+func Settled(c event.Content, at time.Time) bool { return at.Sub(c.Ctime()) >= 2*tick }
+
+// Versioned reports whether the change time of files of a file system is kept by this kernel itself, so that an unchanged
+// time can mean unchanged content. Network and user-space file systems answer with whatever their server says.
+// Source: include/uapi/linux/magic.h.
+func Versioned(fsMagic uint64) bool {
+	switch fsMagic {
+	case 0xef53, // ext2, ext3, ext4
+		0x58465342, // xfs
+		0x9123683e, // btrfs
+		0x01021994, // tmpfs
+		0x858458f6, // ramfs
+		0x73717368, // squashfs
+		0xe0f5e1e2, // erofs
+		0xf2f52010, // f2fs
+		0xca451a4e, // bcachefs
+		0x9660:     // iso9660
+		return true
+	}
+	return false
+}
+
+// Sum hashes the open file in each algorithm by one pass. It fails with ErrChanged unless the file is the content that the
+// event saw, before and after.
+func Sum(f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error) {
+	if err := same(f, ev); err != nil {
+		return nil, err
+	}
+	hashes := make([]hash.Hash, len(algos))
+	writers := make([]io.Writer, len(algos))
+	for i, a := range algos {
+		h, ok := a.Hash()
+		if !ok {
+			return nil, fmt.Errorf("hash %s: this program has no %s", f.Name(), a)
+		}
+		hashes[i] = h.New()
+		writers[i] = hashes[i]
+	}
+	buffer := make([]byte, min(readSize, max(ev.Content.Size+1, 512)))
+	var total uint64
+	for {
+		n, err := f.ReadAt(buffer, int64(total))
+		total += uint64(n)
+		for _, w := range writers {
+			w.Write(buffer[:n])
+		}
+		if err == io.EOF {
+			break
+		} else if err != nil {
+			return nil, fmt.Errorf("hash %s: %w", f.Name(), err)
+		}
+	}
+	if err := same(f, ev); err != nil {
+		return nil, err
+	}
+	if total != ev.Content.Size {
+		return nil, fmt.Errorf("%w: read %d bytes of %d", ErrChanged, total, ev.Content.Size)
+	}
+	sums := make([]ima.Digest, len(algos))
+	for i, a := range algos {
+		d, err := ima.NewDigest(a, hashes[i].Sum(nil))
+		if err != nil {
+			return nil, err
+		}
+		sums[i] = d
+	}
+	return sums, nil
+}
+
+// same checks that an open file is the inode and the version that the event saw. Under overlayfs statx shows the real inode's
+// number, size and times, but a device of the overlay's own.
+func same(f *os.File, ev *event.File) error {
+	var st unix.Statx_t
+	want := unix.STATX_INO | unix.STATX_SIZE | unix.STATX_CTIME | unix.STATX_NLINK
+	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, want, &st); err != nil {
+		return fmt.Errorf("stat %s: %w", f.Name(), err)
+	}
+	c := ev.Content
+	if st.Ino != c.Ino && st.Ino != ev.SeenIno {
+		return fmt.Errorf("%w: inode %d, want %d", ErrUnreachable, st.Ino, c.Ino)
+	}
+	if ev.Flags&event.Overlay == 0 && st.Dev_major<<20|st.Dev_minor != c.Dev && !anonymousDevices(ev.SeenFS.Magic) {
+		return fmt.Errorf("%w: device %d:%d, want %d:%d", ErrUnreachable, st.Dev_major, st.Dev_minor, c.Dev>>20, c.Dev&0xfffff)
+	}
+	if st.Ctime.Sec != c.CtimeSec || st.Ctime.Nsec != c.CtimeNsec || st.Size != c.Size {
+		return fmt.Errorf("%w: changed at %d.%09d with %d bytes, the event saw %d.%09d with %d",
+			ErrChanged, st.Ctime.Sec, st.Ctime.Nsec, st.Size, c.CtimeSec, c.CtimeNsec, c.Size)
+	}
+	return nil
+}
+
+// anonymousDevices reports whether statx shows another device than the superblock's: each btrfs subvolume has its own.
+func anonymousDevices(fsMagic uint64) bool { return fsMagic == 0x9123683e }

@@ -1,0 +1,191 @@
+package digest
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"crypto/sha512"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
+)
+
+// eventOf makes the event that a hook would send for a file of this process.
+func eventOf(t *testing.T, path string) *event.File {
+	t.Helper()
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, path, 0, unix.STATX_BASIC_STATS, &st); err != nil {
+		t.Fatal(err)
+	}
+	ev := &event.File{Path: path, Process: event.Process{TGID: uint32(os.Getpid())}, Nlink: st.Nlink}
+	ev.Content = event.Content{
+		Dev: st.Dev_major<<20 | st.Dev_minor, Ino: st.Ino, Size: st.Size, CtimeSec: st.Ctime.Sec, CtimeNsec: st.Ctime.Nsec,
+	}
+	return ev
+}
+
+func writeFile(t *testing.T, path string, content []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, content, 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestSumSeveralAlgorithmsInOneRead(t *testing.T) {
+	content := bytes.Repeat([]byte("0123456789"), 100_000)
+	path := filepath.Join(t.TempDir(), "f")
+	for _, size := range []int{0, 1, readSize - 1, readSize, readSize + 1, len(content)} {
+		writeFile(t, path, content[:size])
+		ev := eventOf(t, path)
+		f, err := Open(ev, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sums, err := Sum(f, ev, ima.SHA256, ima.SHA512)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		want256, want512 := sha256.Sum256(content[:size]), sha512.Sum512(content[:size])
+		if !bytes.Equal(sums[0].Bytes(), want256[:]) || !bytes.Equal(sums[1].Bytes(), want512[:]) {
+			t.Errorf("%d bytes: %v", size, sums)
+		}
+	}
+}
+
+// Each way in which the file behind an event can be another by the time the agent gets to it.
+func TestOpenNeverTakesAnotherFile(t *testing.T) {
+	dir := t.TempDir()
+	for name, c := range map[string]struct {
+		change func(path string) error
+		want   error
+	}{
+		"unlinked": {os.Remove, ErrUnreachable},
+		"replaced": {func(path string) error {
+			other := path + ".new"
+			writeFile(t, other, []byte("same size"))
+			return os.Rename(other, path)
+		}, ErrUnreachable},
+		"written": {func(path string) error {
+			time.Sleep(2 * tick)
+			return os.WriteFile(path, []byte("size same"), 0o755)
+		}, ErrChanged},
+		"truncated": {func(path string) error { return os.Truncate(path, 3) }, ErrChanged},
+		"now a FIFO": {func(path string) error {
+			os.Remove(path)
+			return unix.Mkfifo(path, 0o600)
+		}, ErrUnreachable},
+		"now a link to another": {func(path string) error {
+			os.Remove(path)
+			writeFile(t, path+".target", []byte("same size"))
+			return os.Symlink(path+".target", path)
+		}, ErrUnreachable},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(dir, name)
+			writeFile(t, path, []byte("same size"))
+			keep, err := os.Open(path) // so that the inode number is not reused at once
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer keep.Close()
+			ev := eventOf(t, path)
+			if err := c.change(path); err != nil {
+				t.Fatal(err)
+			}
+			f, err := Open(ev, nil)
+			if f != nil {
+				f.Close()
+			}
+			if !errors.Is(err, c.want) {
+				t.Errorf("Open: %v, want %v", err, c.want)
+			}
+		})
+	}
+}
+
+func TestSumNoticesChangeAfterOpen(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f")
+	writeFile(t, path, []byte("content"))
+	ev := eventOf(t, path)
+	f, err := Open(ev, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	time.Sleep(2 * tick)
+	writeFile(t, path, []byte("another"))
+	if _, err := Sum(f, ev, ima.SHA256); !errors.Is(err, ErrChanged) {
+		t.Errorf("Sum: %v, want %v", err, ErrChanged)
+	}
+}
+
+func TestOpenThroughRootAndMapping(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f")
+	writeFile(t, path, bytes.Repeat([]byte{1}, os.Getpagesize()))
+	ev := eventOf(t, path)
+	self := event.Process{TGID: uint32(os.Getpid()), Start: startOf(t, os.Getpid())}
+	if !Alive(self) {
+		t.Fatal("this process is not alive")
+	}
+	root, err := OpenRoot(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	ev.Process = event.Process{TGID: 1 << 30}
+	f, err := Open(ev, root)
+	if err != nil {
+		t.Fatalf("through the kept root, its process gone: %v", err)
+	}
+	mapping, err := unix.Mmap(int(f.Fd()), 0, os.Getpagesize(), unix.PROT_READ, unix.MAP_PRIVATE)
+	f.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(mapping)
+	ev.Process, ev.Flags = self, event.Mprotect
+	ev.VMAStart, ev.VMAEnd = mappingOf(t, path)
+	ev.Path = ""
+	if got, err := MappingPath(ev); err != nil || got != path {
+		t.Errorf("MappingPath: %q, %v", got, err)
+	}
+	if os.Getuid() != 0 {
+		return // map_files asks for a capability
+	}
+	f, err = Open(ev, nil)
+	if err != nil {
+		t.Fatalf("through the mapping: %v", err)
+	}
+	f.Close()
+}
+
+func TestCacheDropsTheOldest(t *testing.T) {
+	c := NewCache(2)
+	content := func(ino uint64) event.Content { return event.Content{Ino: ino} }
+	d := ima.ZeroDigest(ima.SHA256)
+	c.Put(content(1), d)
+	c.Put(content(2), d)
+	c.Get(content(1), ima.SHA256)
+	c.Put(content(3), d)
+	if c.Len() != 2 || c.Get(content(2), ima.SHA256) != (ima.Digest{}) || c.Get(content(1), ima.SHA256) != d {
+		t.Errorf("kept %d, with 2: %v", c.Len(), c.Get(content(2), ima.SHA256))
+	}
+	if got := c.Get(content(1), ima.SHA512); !got.IsNone() {
+		t.Errorf("a digest of another algorithm: %v", got)
+	}
+}
+
+func TestSettled(t *testing.T) {
+	now := time.Now()
+	c := event.Content{CtimeSec: now.Unix(), CtimeNsec: uint32(now.Nanosecond())}
+	if Settled(c, now.Add(tick)) || !Settled(c, now.Add(2*tick)) {
+		t.Error("settled must mean two ticks old")
+	}
+}
