@@ -1,0 +1,76 @@
+// Package durable makes files and folders that are still there after a crash of the machine.
+//
+// A file's content is durable after fsync of the file, its name after fsync of its folder. Mkdir and WriteFile do both before
+// they return nil. WriteFile replaces: a crash leaves the old content or the new, whole, never a part of either.
+//
+// BUG: after a failed fsync Linux may mark the pages clean though they never reached the disk. So an error here means that the
+// state is unknown, and trying fsync again proves nothing; the caller has to write anew.
+package durable
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// Mkdir makes a folder and its parents with mode 0700, and syncs each folder that gained an entry. One that exists is no error.
+func Mkdir(dir string) error {
+	st, err := os.Stat(dir)
+	if err == nil && st.IsDir() {
+		return nil
+	} else if err == nil {
+		return fmt.Errorf("make folder %s: a file stands in its place", dir)
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("make folder: %w", err)
+	}
+	parent := filepath.Dir(dir)
+	if err := Mkdir(parent); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("make folder: %w", err)
+	}
+	return SyncDir(parent)
+}
+
+// WriteFile writes a file with mode 0600 in place of any other of that name.
+func WriteFile(path string, content []byte) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	_, err = f.Write(content)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err2 := f.Close(); err == nil {
+		err = err2
+	}
+	// Commit point: before the rename a crash leaves the old file, after it the new one.
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return SyncDir(filepath.Dir(path))
+}
+
+// SyncDir makes the entries of a folder durable.
+func SyncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("sync folder: %w", err)
+	}
+	defer d.Close()
+	if err := d.Sync(); err != nil {
+		return fmt.Errorf("sync folder %s: %w", dir, err)
+	}
+	return nil
+}

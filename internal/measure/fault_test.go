@@ -1,0 +1,129 @@
+package measure
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"sync"
+	"syscall"
+	"testing"
+
+	"go.uber.org/zap"
+
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/tpmext"
+)
+
+// faults makes chosen steps fail a number of times: lost (not done), or done and not acknowledged.
+type faults struct {
+	mu       sync.Mutex
+	failures map[string]int
+	done     bool // the step is carried out all the same
+}
+
+func (f *faults) fail(step string, times int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.failures[step] = times
+}
+
+func (f *faults) left(step string) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.failures[step]
+}
+
+// step carries out do unless the step is to be lost, and says whether to report a failure.
+func (f *faults) step(name string, do func() error) error {
+	f.mu.Lock()
+	failing := f.failures[name] > 0
+	if failing {
+		f.failures[name]--
+	}
+	done := f.done
+	f.mu.Unlock()
+	if !failing {
+		return do()
+	}
+	if done {
+		if err := do(); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("%s: %w", name, syscall.ENOSPC)
+}
+
+func (f *faults) open(path string) (File, error) {
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	return &faultyFile{file, f}, err
+}
+
+type faultyFile struct {
+	*os.File
+	faults *faults
+}
+
+func (f *faultyFile) WriteAt(b []byte, off int64) (n int, err error) {
+	err = f.faults.step("write", func() (err error) { n, err = f.File.WriteAt(b, off); return err })
+	if err != nil && n == 0 {
+		n, _ = f.File.WriteAt(b[:len(b)/2], off) // a full disk takes a part
+	}
+	return n, err
+}
+
+func (f *faultyFile) Sync() error { return f.faults.step("sync", f.File.Sync) }
+
+// faultyTPM loses its connection at chosen commands.
+type faultyTPM struct {
+	*tpmext.TPM
+	faults *faults
+}
+
+func (t *faultyTPM) Extend(ctx context.Context, pcr int, digests []ima.Digest) error {
+	return t.faults.step("extend", func() error { return t.TPM.Extend(ctx, pcr, digests) })
+}
+
+func (t *faultyTPM) Reopen(ctx context.Context) error {
+	return t.faults.step("reopen", func() error { return t.TPM.Reopen(ctx) })
+}
+
+// Each step of appending, failed and lost or done and unacknowledged; then the ordinary start path; then the oracle.
+func TestEachStepLostOrUnacknowledged(t *testing.T) {
+	for _, step := range []string{"write", "sync", "extend", "reopen"} {
+		for _, done := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/done=%v", step, done), func(t *testing.T) {
+				b := newBench(t)
+				f := &faults{failures: map[string]int{}, done: done}
+				c := b.config()
+				c.Log = zap.NewNop()
+				c.OpenFile, c.TPM = f.open, &faultyTPM{b.tpm, f}
+				l, _ := b.open(c)
+				await(t, l.Append(entry(t, 1)).Extended)
+				f.fail(step, 1)
+				if step == "reopen" {
+					f.fail("extend", 1)
+				}
+				r := l.Append(entry(t, 2))
+				if step == "sync" {
+					if r.Logged(t.Context()) == nil {
+						t.Error("a failed sync was acknowledged")
+					}
+				} else {
+					await(t, r.Extended)
+				}
+				if f.left(step) != 0 {
+					t.Fatal("the step was never met")
+				}
+				l.Close()
+
+				l, _ = b.open(b.config())
+				await(t, l.Append(entry(t, 2)).Extended)
+				await(t, l.Append(entry(t, 3)).Extended)
+				l.Close()
+				if names := b.check(); len(names) != 4 {
+					t.Errorf("entries %v, want each once", names)
+				}
+			})
+		}
+	}
+}

@@ -1,0 +1,331 @@
+package measure
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest"
+
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/tpmext"
+	"imans.dev/imans-agent/internal/vtpm"
+)
+
+// bench is a folder with a real swtpm beside it.
+type bench struct {
+	t   *testing.T
+	dir string
+	tpm *tpmext.TPM
+}
+
+func newBench(t *testing.T) *bench {
+	t.Helper()
+	dir := t.TempDir()
+	i, err := vtpm.Start(t.Context(), vtpm.Config{Program: "swtpm", Dir: filepath.Join(dir, "tpm"), Socket: filepath.Join(dir, "s")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { i.Stop() })
+	tpm, err := tpmext.Open(t.Context(), i.Address())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tpm.Close() })
+	return &bench{t, dir, tpm}
+}
+
+func (b *bench) config() Config {
+	return Config{
+		Dir: b.dir, PCR: 10, Template: imalog.NG, Algo: ima.SHA256, TPM: b.tpm, Store: NewStore(),
+		Log: zaptest.NewLogger(b.t, zaptest.Level(zap.ErrorLevel)),
+	}
+}
+
+func (b *bench) open(c Config) (*List, Recovery) {
+	b.t.Helper()
+	l, r, err := Open(b.t.Context(), c)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return l, r
+}
+
+func entry(t *testing.T, n int) *imalog.Entry {
+	t.Helper()
+	d, err := ima.NewDigest(ima.SHA256, bytes.Repeat([]byte{byte(n + 1)}, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := imalog.NewEntry(10, imalog.NG, imalog.FieldValues{Digest: d, Name: fmt.Sprintf("/bin/program-%d", n)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+func violation(t *testing.T) *imalog.Entry {
+	t.Helper()
+	e, err := imalog.NewViolation(10, imalog.NG, imalog.FieldValues{Digest: ima.ZeroDigest(ima.SHA256), Name: "/lost"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+// check is the oracle: it reads the log's file anew, replays it, and compares with what the TPM says.
+func (b *bench) check() []string {
+	b.t.Helper()
+	f, err := os.Open(filepath.Join(b.dir, LogName))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer f.Close()
+	r := imalog.NewReader(f, ima.SHA1)
+	replay := imalog.NewReplay(b.tpm.Banks()...)
+	var names []string
+	for {
+		e, err := r.Next()
+		if err == io.EOF {
+			break
+		} else if err != nil {
+			b.t.Fatal(err)
+		}
+		replay.Extend(e)
+		names = append(names, e.Name())
+	}
+	held, err := b.tpm.ReadPCR(b.t.Context(), 10)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for bank, v := range held {
+		if replay.Value(10, bank) != v {
+			b.t.Errorf("%s: PCR 10 is %v, the log replays to %v", bank, v, replay.Value(10, bank))
+		}
+	}
+	return names
+}
+
+func await(t *testing.T, wait func(context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := wait(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestListKeepsOrderAndDropsDuplicates(t *testing.T) {
+	b := newBench(t)
+	l, _ := b.open(b.config())
+	var last Receipt
+	for i := range 600 {
+		last = l.Append(entry(t, i%300))
+	}
+	last = l.Append(violation(t))
+	last = l.Append(violation(t))
+	await(t, last.Extended)
+	s := l.Status()
+	if s.Entries != 303 || s.Extended != 303 || s.Violations != 2 {
+		t.Errorf("status %+v, want 1 + 300 + 2 entries", s)
+	}
+	names := b.check()
+	if names[0] != imalog.BootAggregateName || names[1] != "/bin/program-0" || names[300] != "/bin/program-299" {
+		t.Errorf("order: %s, %s … %s", names[0], names[1], names[300])
+	}
+	r, n, err := l.Reader(299)
+	if err != nil || n != 4 {
+		t.Fatalf("%d entries from 299, %v", n, err)
+	}
+	if e, err := r.Next(); err != nil || e.Name() != "/bin/program-298" {
+		t.Errorf("entry 299 is %v, %v", e, err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Append(entry(t, 999)).Logged(t.Context()); !errors.Is(err, ErrClosed) {
+		t.Errorf("append after close: %v", err)
+	}
+}
+
+func TestRecoveryContinuesTheList(t *testing.T) {
+	b := newBench(t)
+	l, _ := b.open(b.config())
+	await(t, l.Append(entry(t, 1)).Extended)
+	l.Close()
+	c := b.config()
+	c.TPM = nil // an agent that logs and never gets to extend
+	l, _ = b.open(c)
+	await(t, l.Append(entry(t, 2)).Logged)
+	await(t, l.Append(violation(t)).Logged)
+	l.Close()
+	l, r := b.open(b.config())
+	if r.Entries != 4 || r.Unextended != 2 {
+		t.Errorf("recovery %+v, want 4 entries, 2 of them not extended", r)
+	}
+	await(t, l.Append(entry(t, 1)).Extended)
+	await(t, l.Append(entry(t, 3)).Extended)
+	l.Close()
+	if names := b.check(); len(names) != 5 {
+		t.Errorf("entries %v, want the duplicate known from before the restart", names)
+	}
+}
+
+func TestRecoveryOfDamagedLogs(t *testing.T) {
+	for name, c := range map[string]struct {
+		damage func(b []byte) []byte
+		want   error
+		keep   int
+	}{
+		"cut in the last entry":       {func(b []byte) []byte { return append(b, b[:20]...) }, nil, 3},
+		"an extended entry cut off":   {func(b []byte) []byte { return b[:len(b)-5] }, ErrDiverged, 0},
+		"a byte of a name changed":    {func(b []byte) []byte { b[len(b)-3] ^= 1; return b }, ErrAltered, 0},
+		"a length changed":            {func(b []byte) []byte { b[24+6] = 0xff; return b }, ErrAltered, 0},
+		"emptied":                     {func([]byte) []byte { return nil }, ErrForeign, 0},
+		"an entry of ours inserted":   {func(b []byte) []byte { return append(b[:len(b):len(b)], b...) }, nil, 6},
+		"two valid entries swapped": {swapLastTwo, ErrDiverged, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			l, _ := b.open(b.config())
+			l.Append(entry(t, 1))
+			await(t, l.Append(entry(t, 2)).Extended)
+			l.Close()
+			path := filepath.Join(b.dir, LogName)
+			log, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			log = c.damage(log)
+			if err := os.WriteFile(path, log, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			l, _, err = Open(t.Context(), b.config())
+			if !errors.Is(err, c.want) {
+				t.Fatalf("Open: %v, want %v", err, c.want)
+			}
+			if c.want != nil {
+				if now, _ := os.ReadFile(path); !bytes.Equal(now, log) {
+					t.Error("the log was changed though it was refused")
+				}
+				return
+			}
+			await(t, l.Append(entry(t, 1)).Extended)
+			if s := l.Status(); s.Entries != c.keep {
+				t.Errorf("%d entries, want %d", s.Entries, c.keep)
+			}
+			l.Close()
+			b.check()
+		})
+	}
+}
+
+// swapLastTwo exchanges two entries of the same length.
+func swapLastTwo(b []byte) []byte {
+	r := imalog.NewReader(bytes.NewReader(b), ima.SHA1)
+	var at []int64
+	for {
+		if _, err := r.Next(); err != nil {
+			break
+		}
+		at = append(at, r.Offset())
+	}
+	n := len(at)
+	swapped := append([]byte(nil), b[:at[n-2]]...)
+	swapped = append(swapped, b[at[n-1]:]...)
+	return append(swapped, b[at[n-2]:at[n-1]]...)
+}
+
+func TestListWithoutTPM(t *testing.T) {
+	b := newBench(t)
+	c := b.config()
+	c.TPM = nil
+	l, _ := b.open(c)
+	await(t, l.Append(entry(t, 1)).Extended)
+	r, _, err := l.Reader(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := r.Next()
+	if err != nil || e.Name() != imalog.BootAggregateName || !e.FileDigest().IsZero() {
+		t.Errorf("first entry %v, %v", e, err)
+	}
+	l.Close()
+}
+
+func TestStoreSharesAndForgets(t *testing.T) {
+	s := NewStore()
+	var a, b bitmap
+	for i := range 1000 {
+		k := key{byte(i), byte(i >> 8)}
+		if !s.add(&a, k) || s.add(&a, k) || !s.add(&b, k) {
+			t.Fatal("add")
+		}
+	}
+	if s.Len() != 1000 {
+		t.Errorf("%d entries for two lists of the same 1000", s.Len())
+	}
+	s.release(&a)
+	if s.Len() != 1000 {
+		t.Errorf("%d entries left while the other list holds them", s.Len())
+	}
+	s.release(&b)
+	if s.Len() != 0 {
+		t.Errorf("%d entries left of no list", s.Len())
+	}
+	if s.add(&a, key{1}); len(s.keys) != 1000 {
+		t.Errorf("an id was not reused: %d keys", len(s.keys))
+	}
+}
+
+// The file system fills up, then has room again.
+func TestFullDiskIsWaitedOut(t *testing.T) {
+	b := newBench(t)
+	c := b.config()
+	c.Log = zap.NewNop()
+	full := &faults{failures: map[string]int{}}
+	c.OpenFile = full.open
+	l, _ := b.open(c)
+	await(t, l.Append(entry(t, 1)).Extended)
+	full.fail("write", 3)
+	r := l.Append(entry(t, 2))
+	await(t, r.Extended)
+	if full.left("write") != 0 {
+		t.Error("the fault was never met")
+	}
+	l.Close()
+	if names := b.check(); len(names) != 3 {
+		t.Errorf("entries %v", names)
+	}
+}
+
+func TestFailedSyncIsFatalAndRecovered(t *testing.T) {
+	b := newBench(t)
+	c := b.config()
+	c.Log = zap.NewNop()
+	faulty := &faults{failures: map[string]int{}}
+	c.OpenFile = faulty.open
+	l, _ := b.open(c)
+	await(t, l.Append(entry(t, 1)).Extended)
+	faulty.fail("sync", 1)
+	if err := l.Append(entry(t, 2)).Logged(t.Context()); err == nil || !strings.Contains(err.Error(), "sync") {
+		t.Errorf("Logged: %v", err)
+	}
+	if err := l.Append(entry(t, 3)).Logged(t.Context()); err == nil {
+		t.Error("an entry after the list ended was logged")
+	}
+	l.Close()
+	l, _ = b.open(b.config())
+	await(t, l.Append(entry(t, 3)).Extended)
+	l.Close()
+	b.check()
+}

@@ -1,0 +1,141 @@
+package vtpm
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/tpmext"
+)
+
+func config(t *testing.T) Config {
+	t.Helper()
+	dir := t.TempDir()
+	return Config{Program: "swtpm", Dir: filepath.Join(dir, "tpm"), Socket: filepath.Join(dir, "s")}
+}
+
+func start(t *testing.T, c Config) *Instance {
+	t.Helper()
+	i, err := Start(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+// pcr extends PCR 10 by a digest of the given byte, unless it is 0, and returns the register's value.
+func pcr(t *testing.T, address string, b byte) ima.Digest {
+	t.Helper()
+	tpm, err := tpmext.Open(t.Context(), address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tpm.Close()
+	if b != 0 {
+		var digests []ima.Digest
+		for _, bank := range tpm.Banks() {
+			d, err := ima.NewDigest(bank, bytes.Repeat([]byte{b}, bank.Size()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			digests = append(digests, d)
+		}
+		if err := tpm.Extend(t.Context(), 10, digests); err != nil {
+			t.Fatal(err)
+		}
+	}
+	values, err := tpm.ReadPCR(t.Context(), 10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return values[ima.SHA256]
+}
+
+func TestInstanceIsAdoptedWithItsPCR(t *testing.T) {
+	c := config(t)
+	first := start(t, c)
+	want := pcr(t, first.Address(), 1)
+	first.Close()
+	i, err := Adopt(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := pcr(t, i.Address(), 0); got != want || got.IsZero() {
+		t.Errorf("PCR 10 is %v after adoption, was %v", got, want)
+	}
+	if err := i.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(c.Socket); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket is left: %v", err)
+	}
+	if err := Remove(c); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(c.Dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the folder is left: %v", err)
+	}
+}
+
+func TestDeadInstanceIsLostNotReplaced(t *testing.T) {
+	c := config(t)
+	i := start(t, c)
+	if err := syscall.Kill(i.PID(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(5 * time.Second); i.Running() && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	if i.Running() {
+		t.Error("still running after a kill")
+	}
+	i.Close()
+	if _, err := Adopt(c); !errors.Is(err, ErrLost) {
+		t.Errorf("Adopt: %v, want ErrLost", err)
+	}
+	if _, err := Start(t.Context(), c); err == nil || !strings.Contains(err.Error(), "in use before") {
+		t.Errorf("Start in a used folder: %v", err)
+	}
+}
+
+func TestAdoptNothing(t *testing.T) {
+	if _, err := Adopt(config(t)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("Adopt: %v, want os.ErrNotExist", err)
+	}
+}
+
+func TestAdoptRefusesAnotherProcess(t *testing.T) {
+	c := config(t)
+	i := start(t, c)
+	defer i.Stop()
+	path := filepath.Join(c.Dir, processFileName)
+	if err := os.WriteFile(path, []byte(`{"pid":1,"start":"12345"}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Adopt(c); !errors.Is(err, ErrLost) {
+		t.Errorf("Adopt of another process: %v, want ErrLost", err)
+	}
+}
+
+func TestStartTellsWhatIsWrong(t *testing.T) {
+	c := config(t)
+	c.Program = "swtpm-that-is-not-there"
+	if _, err := Start(t.Context(), c); err == nil || !strings.Contains(err.Error(), "install the package swtpm") {
+		t.Errorf("no program: %v", err)
+	}
+	c = config(t)
+	c.Program = "false"
+	if _, err := Start(t.Context(), c); err == nil || !strings.Contains(err.Error(), "swtpm ended") {
+		t.Errorf("a program that ends: %v", err)
+	}
+	c.Socket = "/" + strings.Repeat("x", 107)
+	if _, err := Start(t.Context(), c); err == nil || !strings.Contains(err.Error(), "--run-dir") {
+		t.Errorf("a long socket path: %v", err)
+	}
+}
