@@ -120,7 +120,7 @@ struct imans_move {
 
 /*
  * measured_contents: one namespace's chain has seen this content, under these policies, by a subject with these ids, and
- * every list that wants it holds it. The version is part of the key, so a newer version is simply another key. 120 bytes.
+ * every list that wants it holds it. The version is part of the key, so a newer version is simply another key. 96 bytes.
  */
 struct imans_measured_key {
 	__u64 mntns;

@@ -186,5 +186,14 @@ int imans_iter_task(struct bpf_iter__task *ctx)
 	return 0;
 }
 
+/* ---- Types ---- */
+
+/* The compiler keeps a type's layout only if a symbol has it; internal/loader's test compares these with the decoder. */
+const struct imans_file *imans_keep_file;
+const struct imans_birth *imans_keep_birth;
+const struct imans_death *imans_keep_death;
+const struct imans_move *imans_keep_move;
+const struct imans_task *imans_keep_task;
+
 /* GPL: the helpers that read kernel memory and the kernel's digest ask for it. */
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

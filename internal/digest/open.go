@@ -149,3 +149,19 @@ func mappingName(ev *event.File) (string, error) {
 	}
 	return "", errors.New("the mapping is gone")
 }
+
+// Kinds of security.ima that hold a signature. Source: security/integrity/integrity.h, enum evm_ima_xattr_type.
+const (
+	imaSignature    = 3 // EVM_IMA_XATTR_DIGSIG
+	veritySignature = 6 // IMA_VERITY_DIGSIG
+)
+
+// Signature returns security.ima of an open file if it is a signature, else nil.
+func Signature(f *os.File) []byte {
+	b := make([]byte, 4096)
+	n, err := unix.Fgetxattr(int(f.Fd()), "security.ima", b)
+	if err != nil || n < 2 || b[0] != imaSignature && b[0] != veritySignature {
+		return nil
+	}
+	return b[:n]
+}

@@ -18,9 +18,10 @@ const (
 	LossProgramsReplaced Loss = 9  // agent side
 	LossPathUnknown      Loss = 10 // agent side
 	LossNoNamespaceID    Loss = 11 // agent side
+	LossVtpmLost         Loss = 12 // agent side
 )
 
-var lossNames = [...]string{"none", "ring_buffer_full", "namespace_map_full", "no_mount_namespace", "file_unreachable", "content_changed", "open_writers", "read_error", "undecodable_event", "programs_replaced", "path_unknown", "no_namespace_id"}
+var lossNames = [...]string{"none", "ring_buffer_full", "namespace_map_full", "no_mount_namespace", "file_unreachable", "content_changed", "open_writers", "read_error", "undecodable_event", "programs_replaced", "path_unknown", "no_namespace_id", "vtpm_lost"}
 
 // String returns the name that violation entries carry.
 func (l Loss) String() string {

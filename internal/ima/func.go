@@ -79,3 +79,6 @@ const (
 	Audit
 	Hash
 )
+
+// DefaultPCR is the register that IMA extends unless told otherwise: CONFIG_IMA_MEASURE_PCR_IDX.
+const DefaultPCR = 10

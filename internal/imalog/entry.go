@@ -4,13 +4,13 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
-	"hash"
 	"strings"
 
 	"imans.dev/imans-agent/internal/ima"
 )
 
-// Entry is one entry of a measurement list. It is immutable, and may be shared by any number of lists and goroutines.
+// Entry is one entry of a measurement list. It is immutable, and may be shared by any number of lists and goroutines; only
+// Reader.ReadInto writes to the one it is given. It holds no digests: each is computed when asked for.
 type Entry struct {
 	template  *template
 	data      []byte // of each field: u32 length, bytes
@@ -21,24 +21,28 @@ type Entry struct {
 // BootAggregateName is the name of a list's first entry.
 const BootAggregateName = "boot_aggregate"
 
-// NewEntry makes the entry of a measured file or buffer. It fails if the template is unknown, the digest missing, or the name
-// empty or with a zero byte in it.
+// NewEntry makes the entry of a measured file or buffer. It fails if the template is unknown, the digest missing or not one that
+// the template can hold (CheckDigest), the name empty or with a zero byte in it, or the data too long to be read back.
 func NewEntry(pcr int, templateName string, v FieldValues) (*Entry, error) {
-	return newEntry(pcr, templateName, v, false)
+	return newEntry(pcr, templateName, &v, false)
 }
 
-// NewViolation makes the entry of an event that could not be measured: its digest is zero, of v.Digest's algorithm.
+// NewViolation makes the entry of an event that could not be measured. Its file digest is zero, of the length of v.Digest's
+// algorithm; of v's other values it has the name, the EVM signature and the inode's, which are known without the content.
 func NewViolation(pcr int, templateName string, v FieldValues) (*Entry, error) {
-	v.Digest = ima.ZeroDigest(v.Digest.Algo())
-	return newEntry(pcr, templateName, v, true)
+	if !v.Digest.IsNone() {
+		v.Digest = ima.ZeroDigest(v.Digest.Algo())
+	}
+	v.Verity, v.Sig, v.Buf, v.ModsigDigest, v.Modsig = false, nil, nil, ima.Digest{}, nil
+	return newEntry(pcr, templateName, &v, true)
 }
 
 // BootAggregate makes a list's first entry, from the digest of PCRs 0 to 7 (SHA-1) or 0 to 9 of the list's own TPM.
 func BootAggregate(pcr int, templateName string, d ima.Digest) (*Entry, error) {
-	return newEntry(pcr, templateName, FieldValues{Digest: d, Name: BootAggregateName}, false)
+	return newEntry(pcr, templateName, &FieldValues{Digest: d, Name: BootAggregateName}, false)
 }
 
-func newEntry(pcr int, templateName string, v FieldValues, violation bool) (*Entry, error) {
+func newEntry(pcr int, templateName string, v *FieldValues, violation bool) (*Entry, error) {
 	t, err := lookupTemplate(templateName)
 	if err != nil {
 		return nil, err
@@ -49,12 +53,33 @@ func newEntry(pcr int, templateName string, v FieldValues, violation bool) (*Ent
 	if v.Name == "" || strings.IndexByte(v.Name, 0) >= 0 {
 		return nil, fmt.Errorf("make entry of %q: a name must have at least a byte and no zero", v.Name)
 	}
-	if pcr < 0 || pcr > 23 {
-		return nil, fmt.Errorf("make entry of %q: PCR %d is not one of 0 to 23", v.Name, pcr)
+	if pcr < 0 || pcr > maxPCR {
+		return nil, fmt.Errorf("make entry of %q: PCR %d is not one of 0 to %d", v.Name, pcr, maxPCR)
 	}
-	var data []byte
-	for _, f := range t.fields {
-		b := f.encode(&v)
+	if !violation {
+		if err := t.checkAlgo(v.Digest.Algo()); err != nil {
+			return nil, fmt.Errorf("make entry of %q: %w", v.Name, err)
+		}
+	}
+	return t.newEntry(pcr, v, violation)
+}
+
+func (t *template) newEntry(pcr int, v *FieldValues, violation bool) (*Entry, error) {
+	encoded := make([][]byte, len(t.fields))
+	size := 0
+	for i, f := range t.fields {
+		if f.id == "d" && violation {
+			encoded[i] = make([]byte, legacyDigestSize) // whatever the algorithm
+		} else {
+			encoded[i] = f.encode(v)
+		}
+		size += 4 + len(encoded[i])
+	}
+	if size > maxTemplateData {
+		return nil, fmt.Errorf("make entry of %q: %d bytes of template data, at most %d can be read back", v.Name, size, maxTemplateData)
+	}
+	data := make([]byte, 0, size)
+	for _, b := range encoded {
 		data = binary.LittleEndian.AppendUint32(data, uint32(len(b)))
 		data = append(data, b...)
 	}
@@ -64,10 +89,12 @@ func newEntry(pcr int, templateName string, v FieldValues, violation bool) (*Ent
 // PCR returns the register that the entry extends.
 func (e *Entry) PCR() int { return int(e.pcr) }
 
-// Template returns the template's name.
+// Template returns the template's name, or its format if it has none. No digest covers it: in a list that was read it is claimed
+// by whoever wrote the list, bound only by the fields having to fit.
 func (e *Entry) Template() string { return e.template.name }
 
-// Violation reports whether the entry stands for an event that could not be measured.
+// Violation reports whether the entry stands for an event that could not be measured. A PCR covers that there was a violation;
+// what the entry says besides is claimed by whoever wrote the list.
 func (e *Entry) Violation() bool { return e.violation }
 
 // Data returns the template data: of each field a u32 length and its bytes, for every template alike. Don't change it.
@@ -96,8 +123,8 @@ func (e *Entry) Name() string {
 	return ""
 }
 
-// FileDigest returns the digest of the file or buffer. None if the template has none, or its algorithm is unknown. Template
-// "ima" does not say whether it is SHA-1 or MD5: it is taken for SHA-1.
+// FileDigest returns the digest of the file or buffer. None if the template has none, its algorithm is unknown or its length is
+// not the algorithm's, as in the violations of older kernels. The field d of 20 bytes is taken for SHA-1, of 16 for MD5.
 func (e *Entry) FileDigest() ima.Digest {
 	for _, id := range []string{"d-ng", "d-ngv2"} {
 		if b, ok := e.Field(id); ok {
@@ -105,7 +132,11 @@ func (e *Entry) FileDigest() ima.Digest {
 		}
 	}
 	if b, ok := e.Field("d"); ok {
-		if d, err := ima.NewDigest(ima.SHA1, b); err == nil {
+		algo := ima.SHA1
+		if len(b) == ima.MD5.Size() {
+			algo = ima.MD5
+		}
+		if d, err := ima.NewDigest(algo, b); err == nil {
 			return d
 		}
 	}
@@ -113,55 +144,37 @@ func (e *Entry) FileDigest() ima.Digest {
 }
 
 // Digest returns the template digest as the list of that bank stores it: all zero for a violation, none for an algorithm that
-// this program lacks. It is computed at each call.
-func (e *Entry) Digest(bank ima.HashAlgo) ima.Digest {
-	if e.violation {
-		return ima.ZeroDigest(bank)
-	}
-	h, ok := bank.Hash()
-	if !ok {
-		return ima.Digest{}
-	}
-	sum := h.New()
-	e.hashTo(sum)
-	d, _ := ima.NewDigest(bank, sum.Sum(nil))
-	return d
-}
+// CheckBank refuses. It is computed at each call.
+func (e *Entry) Digest(bank ima.HashAlgo) ima.Digest { return bankDigest(bank, e.AppendDigest) }
 
-// ExtendDigest returns what the PCR of that bank is extended with: all ones for a violation.
+// ExtendDigest returns what the PCR of that bank is extended with: all ones for a violation, else Digest.
 func (e *Entry) ExtendDigest(bank ima.HashAlgo) ima.Digest {
-	if !e.violation {
-		return e.Digest(bank)
-	}
-	ones := make([]byte, bank.Size())
-	for i := range ones {
-		ones[i] = 0xff
-	}
-	d, err := ima.NewDigest(bank, ones)
-	if err != nil {
+	return bankDigest(bank, e.AppendExtendDigest)
+}
+
+func bankDigest(bank ima.HashAlgo, sum func([]byte, ima.HashAlgo) []byte) ima.Digest {
+	if CheckBank(bank) != nil {
 		return ima.Digest{}
 	}
+	var buf [ima.MaxDigestSize]byte
+	d, _ := ima.NewDigest(bank, sum(buf[:0], bank)) // of the bank's own size
 	return d
 }
 
-// hashTo writes what the template digest covers. Source: ima_crypto.c, ima_calc_field_array_hash_tfm.
-func (e *Entry) hashTo(h hash.Hash) {
-	if e.template.name != IMA {
-		h.Write(e.data)
-		return
+// Size returns the entry's length in bytes in the binary list of that bank.
+func (e *Entry) Size(bank ima.HashAlgo) int {
+	n := 4 + bank.Size() + 4 + len(e.template.name) + len(e.data)
+	if e.template.name == IMA {
+		return n - 4 - 1 // no length of the digest field, no zero after the name
 	}
-	d, _ := e.Field("d")
-	n, _ := e.Field("n")
-	var padded [legacyNameMax + 1]byte
-	copy(padded[:], n)
-	h.Write(d)
-	h.Write(padded[:])
+	return n + 4
 }
 
 // AppendBinary appends the entry as the binary list of a bank has it; SHA1 is the classic binary_runtime_measurements.
+// It panics for a bank that CheckBank refuses.
 func (e *Entry) AppendBinary(dst []byte, bank ima.HashAlgo) []byte {
 	dst = binary.LittleEndian.AppendUint32(dst, e.pcr)
-	dst = append(dst, e.Digest(bank).Bytes()...)
+	dst = e.AppendDigest(dst, bank)
 	dst = binary.LittleEndian.AppendUint32(dst, uint32(len(e.template.name)))
 	dst = append(dst, e.template.name...)
 	if e.template.name != IMA {
@@ -175,11 +188,12 @@ func (e *Entry) AppendBinary(dst []byte, bank ima.HashAlgo) []byte {
 	return append(dst, name...)
 }
 
-// AppendASCII appends the entry's line, with its newline, as the ascii list of a bank has it. Bytes of a name that could forge a
-// line or a field are escaped as \ooo in octal, where the kernel prints them as they are.
+// AppendASCII appends the entry's line, with its newline, as the ascii list of a bank has it: see the package comment for the
+// one difference. It panics for a bank that CheckBank refuses.
 func (e *Entry) AppendASCII(dst []byte, bank ima.HashAlgo) []byte {
 	dst = fmt.Appendf(dst, "%2d ", e.pcr)
-	dst = hex.AppendEncode(dst, e.Digest(bank).Bytes())
+	var sum [ima.MaxDigestSize]byte
+	dst = hex.AppendEncode(dst, e.AppendDigest(sum[:0], bank))
 	dst = append(dst, ' ')
 	dst = append(dst, e.template.name...)
 	rest := e.data

@@ -4,29 +4,41 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"imans.dev/imans-agent/internal/ima"
 )
 
 // FieldValues is what is known of an event, for the fields of any template to choose from.
 type FieldValues struct {
-	Digest       ima.Digest // of the file or buffer; a violation needs only its algorithm
-	Verity       bool       // Digest is an fs-verity digest (d-ngv2)
-	Name         string
-	Sig          []byte // security.ima, if it holds a signature
+	Digest ima.Digest // of the file or buffer; a violation needs only its algorithm
+	Verity bool       // Digest is an fs-verity digest (d-ngv2)
+	Name   string     // spaces become underscores
+	// Sig and EVMSig are the whole values of security.ima and security.evm. Only signatures are written, which their first
+	// byte tells; the field sig has the EVM signature where there is no IMA signature.
+	Sig, EVMSig  []byte
 	Buf          []byte
 	ModsigDigest ima.Digest
 	Modsig       []byte
-	EVMSig       []byte
-	XattrNames   []string
+	// What follows is written only if File says that the event has a file.
+	File         bool
+	XattrNames   []string // those that EVM protects
 	XattrLengths []uint32
 	XattrValues  []byte
-	IUID, IGID   uint32
+	IUID, IGID   uint32 // as in the initial user namespace
 	IMode        uint16
 }
+
+// First byte of security.ima and security.evm. Source: integrity.h, enum evm_ima_xattr_type.
+const (
+	xattrDigsig         = 3
+	xattrPortableDigsig = 5
+	xattrVerityDigsig   = 6
+)
 
 // field is one kind of template field. Source: ima_template.c (supported_fields), ima_template_lib.c.
 type field struct {
@@ -38,35 +50,29 @@ type field struct {
 
 // fields is the registry of the kernel's 16 fields.
 var fields = map[string]*field{
-	"d":            {"d", encodeLegacyDigest, asciiHex, nil},
+	"d":            {"d", func(v *FieldValues) []byte { return v.Digest.Bytes() }, asciiHex, nil},
 	"n":            {"n", encodeLegacyName, asciiString, checkString},
 	"d-ng":         {"d-ng", func(v *FieldValues) []byte { return digestField("", v.Digest) }, asciiDigest, checkDigest},
 	"d-ngv2":       {"d-ngv2", encodeDigestV2, asciiDigest, checkDigest},
 	"n-ng":         {"n-ng", func(v *FieldValues) []byte { return stringField(v.Name) }, asciiString, checkString},
-	"sig":          {"sig", func(v *FieldValues) []byte { return v.Sig }, asciiHex, nil},
+	"sig":          {"sig", encodeSig, asciiHex, nil},
 	"buf":          {"buf", func(v *FieldValues) []byte { return v.Buf }, asciiHex, nil},
 	"d-modsig":     {"d-modsig", encodeModsigDigest, asciiDigest, checkDigestOrEmpty},
 	"modsig":       {"modsig", func(v *FieldValues) []byte { return v.Modsig }, asciiHex, nil},
-	"evmsig":       {"evmsig", func(v *FieldValues) []byte { return v.EVMSig }, asciiHex, nil},
+	"evmsig":       {"evmsig", encodeEVMSig, asciiHex, nil},
 	"xattrnames":   {"xattrnames", encodeXattrNames, asciiString, checkStringOrEmpty},
 	"xattrlengths": {"xattrlengths", encodeXattrLengths, asciiHex, nil},
-	"xattrvalues":  {"xattrvalues", func(v *FieldValues) []byte { return v.XattrValues }, asciiHex, nil},
-	"iuid":         {"iuid", func(v *FieldValues) []byte { return binary.LittleEndian.AppendUint32(nil, v.IUID) }, asciiUint, nil},
-	"igid":         {"igid", func(v *FieldValues) []byte { return binary.LittleEndian.AppendUint32(nil, v.IGID) }, asciiUint, nil},
-	"imode":        {"imode", func(v *FieldValues) []byte { return binary.LittleEndian.AppendUint16(nil, v.IMode) }, asciiUint, nil},
+	"xattrvalues":  {"xattrvalues", encodeXattrValues, asciiHex, nil},
+	"iuid":         {"iuid", func(v *FieldValues) []byte { return inodeField(v, v.IUID) }, asciiUint, nil},
+	"igid":         {"igid", func(v *FieldValues) []byte { return inodeField(v, v.IGID) }, asciiUint, nil},
+	"imode":        {"imode", encodeMode, asciiUint, nil},
 }
 
-// legacyDigestSize is IMA_DIGEST_SIZE: field d holds SHA-1, or MD5 padded.
+// legacyDigestSize is IMA_DIGEST_SIZE: what template "ima" has of a digest, and the field d of any violation.
 const legacyDigestSize = 20
 
 // legacyNameMax is IMA_EVENT_NAME_LEN_MAX in bytes, without the final zero.
 const legacyNameMax = 255
-
-func encodeLegacyDigest(v *FieldValues) []byte {
-	b := make([]byte, legacyDigestSize)
-	copy(b, v.Digest.Bytes())
-	return b
-}
 
 // encodeLegacyName keeps a name that is too long to its last component, as the kernel does.
 func encodeLegacyName(v *FieldValues) []byte {
@@ -102,14 +108,56 @@ func stringField(s string) []byte {
 	return append([]byte(strings.ReplaceAll(s, " ", "_")), 0)
 }
 
-func encodeXattrNames(v *FieldValues) []byte { return stringField(strings.Join(v.XattrNames, "|")) }
+func encodeSig(v *FieldValues) []byte {
+	if len(v.Sig) > 0 && (v.Sig[0] == xattrDigsig || v.Sig[0] == xattrVerityDigsig) {
+		return v.Sig
+	}
+	return encodeEVMSig(v)
+}
+
+func encodeEVMSig(v *FieldValues) []byte {
+	if len(v.EVMSig) > 0 && v.EVMSig[0] == xattrPortableDigsig {
+		return v.EVMSig
+	}
+	return nil
+}
+
+func encodeXattrNames(v *FieldValues) []byte {
+	if !v.File || len(v.XattrNames) == 0 {
+		return nil
+	}
+	return append([]byte(strings.Join(v.XattrNames, "|")), 0)
+}
 
 func encodeXattrLengths(v *FieldValues) []byte {
 	var b []byte
-	for _, n := range v.XattrLengths {
-		b = binary.LittleEndian.AppendUint32(b, n)
+	if v.File {
+		for _, n := range v.XattrLengths {
+			b = binary.LittleEndian.AppendUint32(b, n)
+		}
 	}
 	return b
+}
+
+func encodeXattrValues(v *FieldValues) []byte {
+	if !v.File {
+		return nil
+	}
+	return v.XattrValues
+}
+
+func inodeField(v *FieldValues, id uint32) []byte {
+	if !v.File {
+		return nil
+	}
+	return binary.LittleEndian.AppendUint32(nil, id)
+}
+
+func encodeMode(v *FieldValues) []byte {
+	if !v.File {
+		return nil
+	}
+	return binary.LittleEndian.AppendUint16(nil, v.IMode)
 }
 
 func checkString(b []byte) error {
@@ -138,14 +186,14 @@ func checkDigest(b []byte) error {
 	return err
 }
 
-// splitDigest takes [type ":"] algorithm ":" zero digest apart. Violations of kernels before 6.8 have 20 zero bytes whatever the
+// splitDigest takes [type ":"] algorithm ":" zero digest apart. Violations of older kernels have 20 zero bytes whatever the
 // algorithm, so the length is not compared.
-func splitDigest(b []byte) (prefix string, sum []byte, err error) {
+func splitDigest(b []byte) (prefix, sum []byte, err error) {
 	i := bytes.IndexByte(b, 0)
 	if i < 2 || b[i-1] != ':' {
-		return "", nil, fmt.Errorf("a digest field must begin with its algorithm, a colon and a zero byte")
+		return nil, nil, errors.New("a digest field must begin with its algorithm, a colon and a zero byte")
 	}
-	return string(b[:i]), b[i+1:], nil
+	return b[:i], b[i+1:], nil
 }
 
 // fieldDigest reads a digest field; none if its algorithm is unknown or its length not the algorithm's.
@@ -154,9 +202,9 @@ func fieldDigest(b []byte) ima.Digest {
 	if err != nil {
 		return ima.Digest{}
 	}
-	name := strings.TrimSuffix(prefix, ":")
-	name = name[strings.LastIndexByte(name, ':')+1:]
-	algo, ok := ima.HashAlgoByName(name)
+	name := prefix[:len(prefix)-1]
+	name = name[bytes.LastIndexByte(name, ':')+1:]
+	algo, ok := ima.HashAlgoByName(string(name))
 	if !ok {
 		return ima.Digest{}
 	}
@@ -174,18 +222,29 @@ func asciiDigest(dst, b []byte) []byte {
 	if err != nil {
 		return asciiHex(dst, b)
 	}
-	return hex.AppendEncode(append(dst, prefix...), sum)
+	return hex.AppendEncode(asciiString(dst, prefix), sum)
 }
 
-// asciiString escapes what could forge a line or a field: control bytes, space and backslash become \ooo in octal. The kernel
-// prints such bytes as they are.
+// asciiString prints a string up to its final zero, with every control character as one \ooo in octal for each of its bytes. Those
+// are what ends a line or a field in some reader's eyes: the bytes up to space and 0x7f, U+0080 to U+009F (also as one byte),
+// U+2028 and U+2029. All else, the backslash too, is printed as the kernel does, so that \x2d in a name stays what it is.
 func asciiString(dst, b []byte) []byte {
-	for _, c := range bytes.TrimSuffix(b, []byte{0}) {
-		if c <= ' ' || c == 0x7f || c == '\\' {
-			dst = append(dst, '\\', '0'+c>>6, '0'+c>>3&7, '0'+c&7)
-		} else {
-			dst = append(dst, c)
+	b = bytes.TrimSuffix(b, []byte{0})
+	for len(b) > 0 {
+		if c := b[0]; c > ' ' && c < 0x7f {
+			dst, b = append(dst, c), b[1:]
+			continue
 		}
+		r, n := utf8.DecodeRune(b)
+		invalid := r == utf8.RuneError && n == 1
+		if r <= ' ' || r >= 0x7f && r < 0xa0 || r == 0x2028 || r == 0x2029 || invalid && b[0] < 0xa0 {
+			for _, c := range b[:n] {
+				dst = append(dst, '\\', '0'+c>>6, '0'+c>>3&7, '0'+c&7)
+			}
+		} else {
+			dst = append(dst, b[:n]...)
+		}
+		b = b[n:]
 	}
 	return dst
 }

@@ -2,6 +2,7 @@ package imalog
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -21,7 +22,7 @@ type CorruptError struct {
 	Entry  int   // number of the entry, from 0
 	Offset int64 // of the entry in the list, bytes
 	Reason string
-	Cut    bool // the list ends in the middle of the entry
+	Cut    bool // the list ends in the middle of the entry, and nothing of what is there contradicts one that goes on
 }
 
 // Error says which entry, where and why.
@@ -39,170 +40,240 @@ func (e *CorruptError) Unwrap() error {
 
 // Reader reads a binary list. One goroutine uses it.
 type Reader struct {
-	r         *bufio.Reader
-	bank      ima.HashAlgo
-	templates map[string]*template
-	entry     int
-	offset    int64 // of the entry being read
-	next      int64
-	stored    ima.Digest
-	scratch   [maxTemplateName]byte
+	r        *bufio.Reader
+	bank     ima.HashAlgo
+	template *template // of the last entry: most lists have one for all
+	entry    int
+	offset   int64 // of the entry being read
+	next     int64
+	stored   [ima.MaxDigestSize]byte
+	err      error // after which nothing more can be read
 }
+
+// errCut is the reason of a list that ends in the middle of an entry.
+var errCut = errors.New("the list ends in the middle of the entry")
 
 // NewReader reads the list of a bank; SHA1 is the classic binary_runtime_measurements. It may read ahead of what Next returns.
 func NewReader(r io.Reader, bank ima.HashAlgo) *Reader {
-	return &Reader{r: bufio.NewReaderSize(r, 64<<10), bank: bank, templates: make(map[string]*template)}
+	reader := &Reader{r: bufio.NewReaderSize(r, 64<<10), bank: bank}
+	if bank.Size() == 0 {
+		reader.err = fmt.Errorf("read list: unknown hash algorithm %s", bank)
+	}
+	return reader
 }
 
 // Offset returns where the entry last returned by Next begins; End where it ends.
 func (r *Reader) Offset() int64 { return r.offset }
 
-// End returns the offset just behind the entry last returned by Next.
+// End returns the offset just behind the entry last returned by Next, after a cut entry that of the list's end.
 func (r *Reader) End() int64 { return r.next }
 
 // StoredDigest returns the template digest that the list claims for the entry last returned by Next. Next does not compare it
 // with the data.
-func (r *Reader) StoredDigest() ima.Digest { return r.stored }
+func (r *Reader) StoredDigest() ima.Digest {
+	d, _ := ima.NewDigest(r.bank, r.stored[:r.bank.Size()]) // none for an unknown bank, which reads no entry
+	return d
+}
 
-// Next returns the next entry, io.EOF after the last, or a *CorruptError, after which nothing more can be read. An entry whose
-// stored template digest is all zero is a violation.
+// Next returns the next entry, io.EOF after the last, a *CorruptError, after which nothing more can be read, or the error of the
+// underlying reader. An entry whose stored template digest is all zero is a violation.
 func (r *Reader) Next() (*Entry, error) {
-	r.offset = r.next
-	if _, err := r.r.Peek(1); err == io.EOF {
-		return nil, io.EOF
+	e := new(Entry)
+	if err := r.ReadInto(e); err != nil {
+		return nil, err
 	}
-	e, err := r.read()
-	if err != nil {
-		corrupt := &CorruptError{Entry: r.entry, Offset: r.offset, Reason: err.Error()}
-		if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
-			corrupt.Cut, corrupt.Reason = true, "the list ends in the middle of the entry"
-		}
-		return nil, corrupt
-	}
-	r.entry++
 	return e, nil
 }
 
-func (r *Reader) read() (*Entry, error) {
-	pcr, err := r.u32()
-	if err != nil {
-		return nil, err
+// ReadInto is Next into memory that the caller has: what e held is overwritten, its data's room used again. It is for those who
+// look at each entry once; e must be known to no one else.
+func (r *Reader) ReadInto(e *Entry) error {
+	if r.err != nil {
+		return r.err
 	}
-	if pcr > 23 {
-		return nil, fmt.Errorf("PCR %d is not one of 0 to 23", pcr)
+	r.offset = r.next
+	err := r.read(e)
+	switch {
+	case err == nil:
+		r.entry++
+	case err == io.EOF: // between two entries: the list may grow
+	default:
+		r.err = err
 	}
-	sum := r.scratch[:r.bank.Size()]
-	if err := r.fill(sum); err != nil {
-		return nil, err
-	}
-	if r.stored, err = ima.NewDigest(r.bank, sum); err != nil {
-		return nil, err
-	}
-	t, err := r.template()
-	if err != nil {
-		return nil, err
-	}
-	e := &Entry{template: t, pcr: pcr, violation: r.stored.IsZero()}
-	if t.name == IMA {
-		e.data, err = r.legacyData()
-	} else {
-		e.data, err = r.data()
-	}
-	if err != nil {
-		return nil, err
-	}
-	return e, checkFields(e)
+	return err
 }
 
-func (r *Reader) template() (*template, error) {
-	n, err := r.u32()
+func (r *Reader) read(e *Entry) error {
+	size := r.bank.Size()
+	b, err := r.peek(4 + size + 4)
+	if len(b) == 0 && err == errCut {
+		return io.EOF
+	}
+	if len(b) >= 4 && binary.LittleEndian.Uint32(b) > maxPCR {
+		return r.corrupt(fmt.Errorf("PCR %d is not one of 0 to %d", binary.LittleEndian.Uint32(b), maxPCR))
+	}
 	if err != nil {
-		return nil, err
+		return r.fail(b, err)
 	}
-	if n == 0 || n > maxTemplateName {
-		return nil, fmt.Errorf("a template name of %d bytes", n)
+	e.pcr = binary.LittleEndian.Uint32(b)
+	copy(r.stored[:], b[4:4+size])
+	e.violation = allZero(b[4 : 4+size])
+	nameSize := int64(binary.LittleEndian.Uint32(b[4+size:]))
+	r.skip(len(b))
+	if nameSize == 0 || nameSize > maxTemplateName {
+		return r.corrupt(fmt.Errorf("a template name of %d bytes", nameSize))
 	}
-	name := r.scratch[:n]
-	if err := r.fill(name); err != nil {
-		return nil, err
+	if e.template, err = r.readTemplate(int(nameSize)); err != nil {
+		return err
 	}
-	if t, ok := r.templates[string(name)]; ok {
-		return t, nil
+	if e.template.name == IMA {
+		return r.legacyData(e)
 	}
-	t, err := lookupTemplate(string(name))
-	if err == nil {
-		r.templates[t.name] = t
-	}
-	return t, err
+	return r.data(e)
 }
 
-func (r *Reader) data() ([]byte, error) {
-	n, err := r.u32()
+func (r *Reader) readTemplate(size int) (*template, error) {
+	b, err := r.peek(size)
 	if err != nil {
-		return nil, err
-	}
-	if n > maxTemplateData {
-		return nil, fmt.Errorf("template data of %d bytes", n)
-	}
-	b := make([]byte, n)
-	return b, r.fill(b)
-}
-
-// legacyData brings template "ima" into the shape of the others.
-func (r *Reader) legacyData() ([]byte, error) {
-	var digest [legacyDigestSize]byte
-	if err := r.fill(digest[:]); err != nil {
-		return nil, err
-	}
-	n, err := r.u32()
-	if err != nil {
-		return nil, err
-	}
-	if n > legacyNameMax {
-		return nil, fmt.Errorf("a name of %d bytes in template ima", n)
-	}
-	b := binary.LittleEndian.AppendUint32(nil, legacyDigestSize)
-	b = append(b, digest[:]...)
-	b = binary.LittleEndian.AppendUint32(b, n+1)
-	at := len(b)
-	b = append(b, make([]byte, n+1)...)
-	return b, r.fill(b[at : at+int(n)])
-}
-
-// checkFields makes sure that the data is exactly the template's fields, so that no later access can go astray.
-func checkFields(e *Entry) error {
-	rest := e.data
-	for _, f := range e.template.fields {
-		if len(rest) < 4 {
-			return fmt.Errorf("template data ends before field %s", f.id)
-		}
-		n := binary.LittleEndian.Uint32(rest)
-		if uint64(n) > uint64(len(rest)-4) {
-			return fmt.Errorf("field %s of %d bytes does not fit", f.id, n)
-		}
-		if f.check != nil {
-			if err := f.check(rest[4 : 4+n]); err != nil {
-				return fmt.Errorf("field %s: %w", f.id, err)
+		for _, c := range b {
+			if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '|' {
+				return nil, r.corrupt(fmt.Errorf("a template name with a byte %#02x", c))
 			}
 		}
-		rest = rest[4+n:]
+		return nil, r.fail(b, err)
 	}
-	if len(rest) > 0 {
-		return fmt.Errorf("%d bytes of template data behind the last field", len(rest))
+	if r.template == nil || r.template.name != string(b) {
+		t, err := lookupTemplate(string(b))
+		if err != nil {
+			return nil, r.corrupt(err)
+		}
+		r.template = t
+	}
+	r.skip(size)
+	return r.template, nil
+}
+
+func (r *Reader) data(e *Entry) error {
+	b, err := r.peek(4)
+	if err != nil {
+		return r.fail(b, err)
+	}
+	size := binary.LittleEndian.Uint32(b)
+	r.skip(4)
+	if size > maxTemplateData {
+		return r.corrupt(fmt.Errorf("template data of %d bytes", size))
+	}
+	e.data = e.data[:0]
+	for left := int(size); left > 0; left = int(size) - len(e.data) {
+		b, err := r.peek(min(left, r.r.Size()))
+		e.data = append(e.data, b...)
+		r.skip(len(b))
+		if err != nil {
+			if err := e.template.check(e.data, int(size)); err != nil {
+				return r.corrupt(err)
+			}
+			return r.fail(nil, err)
+		}
+	}
+	if err := e.template.check(e.data, int(size)); err != nil {
+		return r.corrupt(err)
 	}
 	return nil
 }
 
-func (r *Reader) u32() (uint32, error) {
-	var b [4]byte
-	if err := r.fill(b[:]); err != nil {
-		return 0, err
+// legacyData brings template "ima" into the shape of the others.
+func (r *Reader) legacyData(e *Entry) error {
+	const head = legacyDigestSize + 4
+	b, err := r.peek(head)
+	if err != nil {
+		return r.fail(b, err)
 	}
-	return binary.LittleEndian.Uint32(b[:]), nil
+	size := binary.LittleEndian.Uint32(b[legacyDigestSize:])
+	if size > legacyNameMax {
+		return r.corrupt(fmt.Errorf("a name of %d bytes in template ima", size))
+	}
+	b, err = r.peek(head + int(size))
+	if bytes.IndexByte(b[head:], 0) >= 0 {
+		return r.corrupt(errors.New("a name with a zero byte in template ima"))
+	}
+	if err != nil {
+		return r.fail(b, err)
+	}
+	e.data = binary.LittleEndian.AppendUint32(e.data[:0], legacyDigestSize)
+	e.data = append(e.data, b[:legacyDigestSize]...)
+	e.data = binary.LittleEndian.AppendUint32(e.data, size+1)
+	e.data = append(e.data, b[head:]...)
+	e.data = append(e.data, 0)
+	r.skip(len(b))
+	return nil
 }
 
-func (r *Reader) fill(b []byte) error {
-	n, err := io.ReadFull(r.r, b)
+// peek returns the next n bytes, n at most the buffer's size; fewer with errCut at the list's end or the reader's error.
+func (r *Reader) peek(n int) ([]byte, error) {
+	b, err := r.r.Peek(n)
+	if err == io.EOF {
+		err = errCut
+	}
+	return b, err
+}
+
+// skip passes over n bytes that peek has returned.
+func (r *Reader) skip(n int) {
 	r.next += int64(n)
-	return err
+	r.r.Discard(n) // in the buffer, so it can't fail
+}
+
+// fail ends the reading where the list or the underlying reader does; rest is what was there still.
+func (r *Reader) fail(rest []byte, err error) error {
+	r.skip(len(rest))
+	if err == errCut {
+		return &CorruptError{Entry: r.entry, Offset: r.offset, Reason: err.Error(), Cut: true}
+	}
+	return fmt.Errorf("read entry %d at byte %d: %w", r.entry, r.offset, err)
+}
+
+func (r *Reader) corrupt(reason error) error {
+	return &CorruptError{Entry: r.entry, Offset: r.offset, Reason: reason.Error()}
+}
+
+func allZero(b []byte) bool {
+	for _, c := range b {
+		if c != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// check makes sure that template data of size bytes is exactly the template's fields, so that no later access can go astray. With
+// only a part of it at hand it finds what no continuation could mend: lengths that were changed, as against data that was cut.
+func (t *template) check(data []byte, size int) error {
+	at := 0
+	for _, f := range t.fields {
+		if size-at < 4 {
+			return fmt.Errorf("template data ends before field %s", f.id)
+		}
+		if len(data)-at < 4 {
+			return nil
+		}
+		n := binary.LittleEndian.Uint32(data[at:])
+		at += 4
+		if uint64(n) > uint64(size-at) {
+			return fmt.Errorf("field %s of %d bytes does not fit", f.id, n)
+		}
+		if len(data)-at < int(n) {
+			at += int(n)
+			continue
+		}
+		if f.check != nil {
+			if err := f.check(data[at : at+int(n)]); err != nil {
+				return fmt.Errorf("field %s: %w", f.id, err)
+			}
+		}
+		at += int(n)
+	}
+	if at != size {
+		return fmt.Errorf("%d bytes of template data behind the last field", size-at)
+	}
+	return nil
 }

@@ -1,30 +1,34 @@
 package imalog
 
 import (
-	"hash"
+	"slices"
 
 	"imans.dev/imans-agent/internal/ima"
 )
 
-// Replay computes the PCR values that a list leads to, from registers that begin at zero. One goroutine uses it.
+// Replay computes the PCR values that a list leads to, from registers that begin at zero. (A TPM's registers 17 to 22 begin at all
+// ones, but no one who writes a list may extend those.) One goroutine uses it.
 type Replay struct {
 	banks []replayBank
 }
 
+// replayBank is one bank's registers: few, so they are searched in a row.
 type replayBank struct {
-	algo   ima.HashAlgo
-	hash   hash.Hash
-	values map[int]ima.Digest
-	digest []byte // scratch: the entry's digest
-	sum    []byte // scratch: the register's new value
+	algo ima.HashAlgo
+	pcrs []register
 }
 
-// NewReplay replays into the given banks. Algorithms that this program lacks are left out.
+type register struct {
+	pcr   int
+	value [ima.MaxDigestSize]byte
+}
+
+// NewReplay replays into the given banks. Algorithms that this program lacks (CheckBank) are left out.
 func NewReplay(banks ...ima.HashAlgo) *Replay {
 	r := &Replay{}
 	for _, b := range banks {
-		if h, ok := b.Hash(); ok {
-			r.banks = append(r.banks, replayBank{algo: b, hash: h.New(), values: make(map[int]ima.Digest)})
+		if CheckBank(b) == nil {
+			r.banks = append(r.banks, replayBank{algo: b})
 		}
 	}
 	return r
@@ -32,73 +36,80 @@ func NewReplay(banks ...ima.HashAlgo) *Replay {
 
 // Extend adds an entry.
 func (r *Replay) Extend(e *Entry) {
+	var sum [ima.MaxDigestSize]byte
 	for i := range r.banks {
 		b := &r.banks[i]
-		b.digest = e.appendExtendDigest(b.digest[:0], b.hash)
-		b.extend(e.PCR())
+		b.extend(e.PCR(), e.AppendExtendDigest(sum[:0], b.algo))
 	}
 }
 
-// ExtendZeroViolations adds an entry as a verifier does that is told to ignore violations: they extend zeros.
+// ExtendZeroViolations adds an entry as evmctl does unless it is told --ignore-violations: a violation extends zeros. No kernel
+// does that, so a list with a violation then leads to a value that no TPM has.
 func (r *Replay) ExtendZeroViolations(e *Entry) {
-	if !e.violation {
-		r.Extend(e)
-		return
-	}
+	var sum [ima.MaxDigestSize]byte
 	for i := range r.banks {
 		b := &r.banks[i]
-		b.digest = append(b.digest[:0], make([]byte, b.algo.Size())...)
-		b.extend(e.PCR())
+		b.extend(e.PCR(), e.AppendDigest(sum[:0], b.algo))
 	}
 }
 
-func (b *replayBank) extend(pcr int) {
-	b.hash.Reset()
-	old, ok := b.values[pcr]
-	if !ok {
-		old = ima.ZeroDigest(b.algo)
-	}
-	b.sum = append(b.sum[:0], old.Bytes()...)
-	b.hash.Write(b.sum)
-	b.hash.Write(b.digest)
-	b.sum = b.hash.Sum(b.sum[:0])
-	b.values[pcr], _ = ima.NewDigest(b.algo, b.sum)
-}
-
-// appendExtendDigest is ExtendDigest into given memory.
-func (e *Entry) appendExtendDigest(dst []byte, h hash.Hash) []byte {
-	if e.violation {
-		for range h.Size() {
-			dst = append(dst, 0xff)
+// ExtendDigest extends one register of one bank with a digest that the caller has computed already; a bank that is not replayed
+// is left out.
+func (r *Replay) ExtendDigest(pcr int, bank ima.HashAlgo, sum []byte) {
+	for i := range r.banks {
+		if b := &r.banks[i]; b.algo == bank {
+			b.extend(pcr, sum)
 		}
-		return dst
 	}
-	h.Reset()
-	e.hashTo(h)
-	return h.Sum(dst)
+}
+
+func (b *replayBank) find(pcr int) *register {
+	for i := range b.pcrs {
+		if b.pcrs[i].pcr == pcr {
+			return &b.pcrs[i]
+		}
+	}
+	return nil
+}
+
+func (b *replayBank) extend(pcr int, sum []byte) {
+	v := b.find(pcr)
+	if v == nil {
+		b.pcrs = append(b.pcrs, register{pcr: pcr})
+		v = &b.pcrs[len(b.pcrs)-1]
+	}
+	var buf [2 * ima.MaxDigestSize]byte
+	n := copy(buf[:], v.value[:b.algo.Size()])
+	n += copy(buf[n:], sum)
+	appendSum(v.value[:0], b.algo, buf[:n])
 }
 
 // Value returns a register's value: zero if nothing was extended, none if the bank is not replayed.
 func (r *Replay) Value(pcr int, bank ima.HashAlgo) ima.Digest {
 	for i := range r.banks {
-		if b := &r.banks[i]; b.algo == bank {
-			if v, ok := b.values[pcr]; ok {
-				return v
-			}
+		b := &r.banks[i]
+		if b.algo != bank {
+			continue
+		}
+		v := b.find(pcr)
+		if v == nil {
 			return ima.ZeroDigest(bank)
 		}
+		d, _ := ima.NewDigest(bank, v.value[:bank.Size()]) // of the bank's own size
+		return d
 	}
 	return ima.Digest{}
 }
 
-// PCRs returns which registers were extended, in no order.
+// PCRs returns which registers were extended, in rising order.
 func (r *Replay) PCRs() []int {
 	var pcrs []int
 	if len(r.banks) > 0 {
-		for pcr := range r.banks[0].values {
-			pcrs = append(pcrs, pcr)
+		for i := range r.banks[0].pcrs {
+			pcrs = append(pcrs, r.banks[0].pcrs[i].pcr)
 		}
 	}
+	slices.Sort(pcrs)
 	return pcrs
 }
 

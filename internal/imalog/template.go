@@ -3,6 +3,8 @@ package imalog
 import (
 	"fmt"
 	"strings"
+
+	"imans.dev/imans-agent/internal/ima"
 )
 
 // The names of the templates that the kernel defines. Source: ima_template.c, builtin_templates.
@@ -22,6 +24,9 @@ const (
 	maxFields     = 15
 	maxFieldIDLen = 16
 )
+
+// maxPCR is the last register of a TPM that follows the PC Client platform's profile.
+const maxPCR = 23
 
 var builtinFormats = map[string]string{
 	IMA:    "d|n",
@@ -63,6 +68,31 @@ func lookupTemplate(name string) (*template, error) {
 		t.fields = append(t.fields, f)
 	}
 	return t, nil
+}
+
+// checkAlgo reports whether t's digest fields can hold a file digest of that algorithm.
+func (t *template) checkAlgo(algo ima.HashAlgo) error {
+	for _, f := range t.fields {
+		switch {
+		case f.id != "d" || algo == ima.SHA1:
+		case t.name == IMA:
+			// The kernel would write MD5's 16 bytes as they are, but the list does not tell their number and readers take 20.
+			return fmt.Errorf("template %q holds a sha1 digest, not %s", t.name, algo)
+		case algo != ima.MD5:
+			return fmt.Errorf("template %q holds a sha1 or md5 digest, not %s", t.name, algo)
+		}
+	}
+	return nil
+}
+
+// CheckDigest reports whether entries of that template can hold file digests of that algorithm: the old field d takes sha1 only
+// (md5 too in a free format), where the kernel hashes the file a second time. Ask when a template is configured.
+func CheckDigest(templateName string, algo ima.HashAlgo) error {
+	t, err := lookupTemplate(templateName)
+	if err != nil {
+		return err
+	}
+	return t.checkAlgo(algo)
 }
 
 // CheckTemplate reports whether a template of that name (or free format) can be written and read.

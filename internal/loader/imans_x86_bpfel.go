@@ -69,6 +69,11 @@ const (
 	imansProgImansMmapFile             = "imans_mmap_file"
 	imansProgImansProcFreeInum         = "imans_proc_free_inum"
 	imansProgImansSwitchTaskNamespaces = "imans_switch_task_namespaces"
+	imansVarImansKeepBirth             = "imans_keep_birth"
+	imansVarImansKeepDeath             = "imans_keep_death"
+	imansVarImansKeepFile              = "imans_keep_file"
+	imansVarImansKeepMove              = "imans_keep_move"
+	imansVarImansKeepTask              = "imans_keep_task"
 	imansVarImansKernelDigest          = "imans_kernel_digest"
 )
 
@@ -139,6 +144,11 @@ type imansMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type imansVariableSpecs struct {
+	ImansKeepBirth    *ebpf.VariableSpec `ebpf:"imans_keep_birth"`
+	ImansKeepDeath    *ebpf.VariableSpec `ebpf:"imans_keep_death"`
+	ImansKeepFile     *ebpf.VariableSpec `ebpf:"imans_keep_file"`
+	ImansKeepMove     *ebpf.VariableSpec `ebpf:"imans_keep_move"`
+	ImansKeepTask     *ebpf.VariableSpec `ebpf:"imans_keep_task"`
 	ImansKernelDigest *ebpf.VariableSpec `ebpf:"imans_kernel_digest"`
 }
 
@@ -185,6 +195,11 @@ func (m *imansMaps) Close() error {
 //
 // It can be passed to loadImansObjects or ebpf.CollectionSpec.LoadAndAssign.
 type imansVariables struct {
+	ImansKeepBirth    *ebpf.Variable `ebpf:"imans_keep_birth"`
+	ImansKeepDeath    *ebpf.Variable `ebpf:"imans_keep_death"`
+	ImansKeepFile     *ebpf.Variable `ebpf:"imans_keep_file"`
+	ImansKeepMove     *ebpf.Variable `ebpf:"imans_keep_move"`
+	ImansKeepTask     *ebpf.Variable `ebpf:"imans_keep_task"`
 	ImansKernelDigest *ebpf.Variable `ebpf:"imans_kernel_digest"`
 }
 

@@ -121,3 +121,11 @@ func (l *List) Snapshot() *io.SectionReader {
 func (l *List) AwaitEntries(ctx context.Context, n int) error {
 	return l.await(ctx, func() bool { return l.logged > n })
 }
+
+// PCRs returns the list's register in each bank, as the TPM has it now. Without a TPM it is an error.
+func (l *List) PCRs(ctx context.Context) (map[ima.HashAlgo]ima.Digest, error) {
+	if l.config.TPM == nil {
+		return nil, fmt.Errorf("read PCR %d: this list has no TPM", l.config.PCR)
+	}
+	return l.config.TPM.ReadPCR(ctx, l.config.PCR)
+}

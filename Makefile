@@ -1,0 +1,85 @@
+# Every target first sees to it that the tools it takes are there (tools/setup/deps.sh); "make help" lists them all.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+export PATH := $(CURDIR)/.tools/bin:$(PATH)
+
+DEPS    := tools/setup/deps.sh
+GOBUILD := CGO_ENABLED=0 go build -trimpath
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+PURE    := $(addprefix ./internal/,ima policy event imalog verify)
+KERNEL  ?=
+RUN     ?=
+VMFLAGS  = $(if $(RUN),-run '$(RUN)') $(if $(KERNEL),-kernel '$(KERNEL)') $(if $(COVER),-cover '$(COVER)')
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## build the static agent as bin/imans-agent
+	@$(DEPS) go
+	$(GOBUILD) -ldflags '-X main.version=$(VERSION)' -o bin/imans-agent ./cmd/imans-agent
+
+.PHONY: generate
+generate: ## compile bpf/ and make the generated Go, C and documentation files anew
+	@$(DEPS) go generate
+	go run ./tools/bpf2go
+
+.PHONY: generated
+generated: ## check that the committed generated files are current
+	@$(DEPS) go generate
+	tools/setup/generated.sh
+
+.PHONY: lint
+lint: ## check format, vet, staticcheck, the import layers and the shell scripts
+	@$(DEPS) go lint
+	@test -z "$$(gofmt -l .)" || { echo "not formatted; run gofmt -w on:"; gofmt -l .; exit 1; } >&2
+	go vet -tags vm ./...
+	for target in darwin/arm64 windows/amd64 linux/arm; do GOOS=$${target%/*} GOARCH=$${target#*/} go vet $(PURE); done
+	go tool staticcheck -tags vm ./...
+	go run ./tools/layers
+	@if type -P shellcheck >/dev/null; then shellcheck .ci/run $$(git ls-files '*.sh'); else echo "no shellcheck: scripts not checked"; fi
+
+.PHONY: test
+test: lint test-unit generated test-vm ## run every check: lint, unit tests, generated files, all kernels
+
+.PHONY: test-unit
+test-unit: ## run the unit tests, with the race detector where there is a C compiler
+	@$(DEPS) go test
+	@if type -P gcc >/dev/null; then race=-race CGO_ENABLED=1; else race= CGO_ENABLED=0; echo "no gcc: without the race detector"; fi
+	export CGO_ENABLED; set -x; go test $$race $(if $(RUN),-run '$(RUN)') ./...
+
+.PHONY: test-vm
+test-vm: ## run the tests of the vm tag on stock kernels (RUN=regexp KERNEL=6.12 COVER=file)
+	@$(DEPS) go vm
+	go build -o bin/vmtest ./test/vm/cmd/vmtest
+	exec bin/vmtest $(VMFLAGS)
+
+.PHONY: soak
+soak: ## run the tests of the vm tag with far more work (RUN=, KERNEL=)
+	@$(DEPS) go vm
+	go build -o bin/vmtest ./test/vm/cmd/vmtest
+	exec bin/vmtest -soak -timeout 3h $(VMFLAGS)
+
+.PHONY: demo
+demo: ## boot a kernel with a TPM, measure two containers and verify their lists
+	@$(DEPS) go vm
+	go build -o bin/demo ./test/vm/cmd/demo
+	exec bin/demo
+
+.PHONY: bench
+bench: ## print what the agent costs, as ratios with their spread
+	@$(DEPS) go vm
+	go build -o bin/bench ./test/vm/cmd/bench
+	exec bin/bench
+
+.PHONY: clean
+clean: ## remove what was built in this folder
+	rm -rf bin .tools
+
+.PHONY: clean-vm
+clean-vm: ## remove the kernels and disks that the virtual machines' cache keeps
+	@$(DEPS) go
+	go run ./test/vm/cmd/vmrun -clear

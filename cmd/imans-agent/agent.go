@@ -1,0 +1,80 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"imans.dev/imans-agent/internal/agent"
+)
+
+const (
+	defaultStateDir = "/var/lib/imans"
+	defaultRunDir   = "/run/imans"
+	defaultPinDir   = "/sys/fs/bpf/imans"
+	defaultTPM      = "/dev/tpmrm0"
+)
+
+// newAgent is the root command: without a subcommand it runs the agent.
+func newAgent() *cobra.Command {
+	var c agent.Config
+	var logLevel string
+	var ring uint32
+	cmd := &cobra.Command{
+		Use:   "imans-agent --policy FILE",
+		Short: "an IMA for every mount namespace, on a stock kernel",
+		Long: `imans-agent gives every mount namespace its own IMA: a policy, a measurement list, a vTPM.
+
+It runs until it gets SIGTERM. The kernel side and the vTPMs go on working meanwhile, and the next
+start takes over where this one stopped; imans-agent unload takes them out.`,
+		Example: `  imans-agent --policy exec                       measure programs and executable mappings
+  imans-agent --policy /etc/imans/policy --pcr 11  the native list in PCR 11
+  imans-agent ns                                  the namespaces and their lists`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if c.Policy == "" {
+				return usageError{errors.New("--policy FILE is missing; --policy exec measures programs and executable mappings")}
+			}
+			if ring < 4 || ring > 1<<20 || ring&(ring-1) != 0 {
+				return usageError{fmt.Errorf("--ring-size %d: want a power of two from 4 to 1048576, in KiB", ring)}
+			}
+			c.RingSize = ring << 10
+			log, err := newLogger(cmd.ErrOrStderr(), logLevel)
+			if err != nil {
+				return usageError{err}
+			}
+			return agent.Run(cmd.Context(), c, log)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&c.Policy, "policy", "", "policy of the native namespace: a file, or a built-in one by name (exec)")
+	f.StringVar(&c.NSPolicy, "ns-policy", "", "policy that new namespaces start with (default: that of --policy)")
+	f.StringVar(&c.StateDir, "state-dir", defaultStateDir, "folder for lists and vTPM state")
+	f.StringVar(&c.RunDir, "run-dir", defaultRunDir, "folder for sockets")
+	f.StringVar(&c.PinDir, "pin-dir", defaultPinDir, "folder on a bpffs for the kernel side's pins")
+	f.StringVar(&c.TPM, "tpm", defaultTPM, "TPM of the native list: a device, unix:PATH, tcp:HOST:PORT, or none")
+	f.IntVar(&c.PCR, "pcr", 10, "PCR of the native list; not one that the kernel's own IMA extends")
+	f.StringVar(&c.NSTPM, "ns-tpm", "swtpm", "TPMs of the other namespaces: swtpm or none")
+	f.StringVar(&c.Swtpm, "swtpm", "swtpm", "the swtpm program")
+	f.StringVar(&c.Digest, "digest", "auto", "who hashes files: kernel, agent, or auto (kernel where it can)")
+	f.StringVar(&c.Template, "template", "ima-ng", "template of entries, as IMA's ima_template")
+	f.StringVar(&c.Hash, "hash", "sha256", "hash of files, as IMA's ima_hash")
+	f.Uint32Var(&ring, "ring-size", 16<<10, "size of the event buffer in KiB, a power of two")
+	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
+	return cmd
+}
+
+// newLogger writes one JSON object a line.
+func newLogger(w io.Writer, level string) (*zap.Logger, error) {
+	l, err := zapcore.ParseLevel(level)
+	if err != nil {
+		return nil, fmt.Errorf("--log-level: %w; want debug, info, warn or error", err)
+	}
+	encoding := zap.NewProductionEncoderConfig()
+	encoding.EncodeTime = zapcore.RFC3339NanoTimeEncoder
+	return zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(encoding), zapcore.Lock(zapcore.AddSync(w)), l)), nil
+}

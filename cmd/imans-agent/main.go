@@ -1,0 +1,96 @@
+// Command imans-agent gives every mount namespace its own IMA on a stock kernel: a policy, a measurement list, a vTPM.
+//
+//	imans-agent --policy FILE            run the agent
+//	imans-agent doctor                   what this machine has and lacks
+//	imans-agent ns [list | show ID]      the namespaces
+//	imans-agent measurements ID          a list
+//	imans-agent policy check | show      policies
+//	imans-agent verify FILE              replay a list and compare it with a PCR
+//	imans-agent unload                   take the kernel side out and end the vTPMs
+//
+// Exit status: 0 done; 1 the thing checked is bad; 2 usage; 3 the machine or the agent's surroundings lack something.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"imans.dev/imans-agent/internal/measure"
+	"imans.dev/imans-agent/internal/policy"
+)
+
+// version is set when a release is linked.
+var version = "dev"
+
+// Exit statuses.
+const (
+	exitBad   = 1
+	exitUsage = 2
+	exitLacks = 3
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// errBad is an answer, not a failure: the thing checked is bad, and what is wrong has been said.
+var errBad = errors.New("bad")
+
+// usageError is a mistake in the command line.
+type usageError struct{ error }
+
+// run executes the command line and returns the exit status.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := newRoot()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	if errors.Is(err, errBad) {
+		return exitBad
+	}
+	fmt.Fprintf(stderr, "imans-agent: %v\n", err)
+	var usage usageError
+	var syntax *policy.SyntaxError
+	switch {
+	case errors.As(err, &usage), errors.As(err, &syntax):
+		return exitUsage
+	case errors.Is(err, measure.ErrDiverged), errors.Is(err, measure.ErrAltered):
+		return exitBad
+	}
+	return exitLacks
+}
+
+func newRoot() *cobra.Command {
+	root := newAgent()
+	root.Version = version
+	root.SilenceErrors = true
+	root.SilenceUsage = true
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return usageError{fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
+	})
+	root.AddCommand(newDoctor(), newNS(), newMeasurements(), newPolicy(), newUnload())
+	return root
+}
+
+// exactly checks the number of arguments, as a usage error.
+func exactly(n int) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) != n {
+			return usageError{fmt.Errorf("%s takes %d argument(s), got %d; see --help", c.CommandPath(), n, len(args))}
+		}
+		return nil
+	}
+}

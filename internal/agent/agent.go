@@ -1,0 +1,266 @@
+// Package agent wires the parts together and owns their goroutines. Only the command imports it.
+//
+// Run checks the machine, opens the kernel side and the tree, serves the control socket, and then turns records into entries
+// until its context ends. Stopping leaves the kernel side and the vTPMs at work: the next Run of the same boot takes over where
+// this one stopped, and nothing that ran in between is missing from the lists.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/control"
+	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/feature"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/loader"
+	"imans.dev/imans-agent/internal/measure"
+	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/policy"
+	"imans.dev/imans-agent/internal/tpmext"
+)
+
+// Config is what the command line says.
+type Config struct {
+	Policy   string // file, or the name of a built-in policy: the native namespace's
+	NSPolicy string // the same: what new namespaces start with; "": as Policy
+	StateDir string // made if missing
+	RunDir   string // for sockets; made if missing
+	PinDir   string // on a bpffs
+	TPM      string // the native list's: address for tpmext.Open, or "none"
+	PCR      int    // of the native list
+	NSTPM    string // "swtpm" or "none"
+	Swtpm    string // the program's name or path
+	Digest   string // "auto", "kernel" or "agent"
+	Template string
+	Hash     string // of files, as IMA's ima_hash
+	RingSize uint32 // bytes
+}
+
+var (
+	// ErrRunning means that another agent uses the same state folder.
+	ErrRunning = errors.New("another imans-agent is running; stop it first (systemctl stop imans-agent)")
+	// ErrSharedPCR means that the kernel's own IMA extends the PCR that the native list was to use.
+	ErrSharedPCR = errors.New("the kernel's own IMA extends this PCR; choose one that nothing else uses, such as --pcr 11")
+)
+
+// Run runs the agent until ctx ends, which is no error. Errors of the machine are *feature.Unsupported, of a policy
+// *policy.SyntaxError, of a list measure.ErrDiverged, ErrAltered or ErrForeign.
+func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
+	if err := feature.Missing(feature.Config{TPM: c.TPM, PinDir: c.PinDir, Swtpm: c.Swtpm}); err != nil {
+		return err
+	}
+	treeConfig, err := prepare(c, log)
+	if err != nil {
+		return err
+	}
+	unlock, err := lock(c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if treeConfig.Dir, err = bootDir(c.StateDir, log); err != nil {
+		return err
+	}
+	if c.TPM != "none" {
+		tpm, err := openTPM(ctx, c, log)
+		if err != nil {
+			return err
+		}
+		defer tpm.Close()
+		treeConfig.NativeTPM = tpm
+	}
+	kernel, err := loader.Open(loader.Options{PinDir: c.PinDir, RingSize: c.RingSize, KernelDigest: useKernelDigest(c, log)})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, kernel.Close()) }()
+	treeConfig.Kernel = kernel
+	tree := namespace.New(treeConfig)
+	defer func() { err = errors.Join(err, tree.Close()) }()
+	if err := tree.Start(ctx); err != nil {
+		return hint(err)
+	}
+	if kernel.Origin() == loader.Replaced {
+		if err := tree.Loss(ctx, event.LossProgramsReplaced); err != nil {
+			return err
+		}
+	}
+	return serve(ctx, c, kernel, tree, log)
+}
+
+// serve runs the pump and the control socket until one fails or ctx ends.
+func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace.Tree, log *zap.Logger) error {
+	p := newPump(kernel, tree, log)
+	if err := p.catchUp(ctx); err != nil {
+		return err
+	}
+	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), tree, p.barrier, log)
+	if err != nil {
+		return err
+	}
+	log.Info("measuring", zap.Int("namespaces", len(tree.List())), zap.String("socket", server.Path()))
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return p.run(ctx) })
+	group.Go(func() error { return server.Run(ctx) })
+	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	log.Info("stopped; the kernel side goes on recording until the next start, or imans-agent unload")
+	return nil
+}
+
+// prepare reads policies and checks options.
+func prepare(c Config, log *zap.Logger) (namespace.Config, error) {
+	none := namespace.Config{}
+	native, err := LoadPolicy(c.Policy)
+	if err != nil {
+		return none, err
+	}
+	ns := native
+	if c.NSPolicy != "" {
+		if ns, err = LoadPolicy(c.NSPolicy); err != nil {
+			return none, err
+		}
+	}
+	algo, ok := ima.HashAlgoByName(c.Hash)
+	if _, can := algo.Hash(); !ok || !can {
+		return none, fmt.Errorf("--hash %s: want sha1, sha224, sha256, sha384 or sha512", c.Hash)
+	}
+	if !slices.Contains(wired.Templates, c.Template) {
+		return none, fmt.Errorf("--template %s: want one of %v", c.Template, wired.Templates)
+	}
+	if c.PCR < 0 || c.PCR > 23 {
+		return none, fmt.Errorf("--pcr %d: want 0 to 23", c.PCR)
+	}
+	t := namespace.Config{
+		RunDir: c.RunDir, NativePolicy: native, NSPolicy: ns, NativePCR: c.PCR, Template: c.Template, Algo: algo, Log: log,
+	}
+	switch c.NSTPM {
+	case "swtpm":
+		t.Swtpm = c.Swtpm
+	case "none":
+	default:
+		return none, fmt.Errorf("--ns-tpm %s: want swtpm or none", c.NSTPM)
+	}
+	if c.Digest != "auto" && c.Digest != "kernel" && c.Digest != "agent" {
+		return none, fmt.Errorf("--digest %s: want auto, kernel or agent", c.Digest)
+	}
+	if c.Digest == "kernel" && !feature.KernelDigest() {
+		return none, errors.New("--digest kernel: this kernel gives no digests; use auto or agent")
+	}
+	return t, nil
+}
+
+// LoadPolicy reads a policy file, or takes a built-in policy by its name, and checks that everything it asks for is done.
+func LoadPolicy(nameOrFile string) (*policy.Policy, error) {
+	p, ok := policy.Builtin(nameOrFile)
+	if !ok {
+		text, err := os.ReadFile(nameOrFile)
+		if err != nil {
+			return nil, fmt.Errorf("read policy: %w; give a file, or one of tcb, exec and the other built-in names", err)
+		}
+		if p, err = policy.Parse(nameOrFile, text); err != nil {
+			return nil, err
+		}
+	}
+	if len(p.Rules()) == 0 {
+		return nil, fmt.Errorf("policy %s has no rules: nothing would be measured; add one, such as measure func=BPRM_CHECK", nameOrFile)
+	}
+	if err := p.CheckWired(nameOrFile, wired); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// wired is what this version does of the policy language.
+var wired = policy.Wired{
+	Funcs:     []ima.Func{ima.BPRMCheck, ima.MmapCheck, ima.MmapCheckReqprot},
+	Actions:   []policy.Action{policy.Measure, policy.Audit},
+	Templates: []string{imalog.IMA, imalog.NG, imalog.Sig},
+	MaxPCR:    23,
+}
+
+func useKernelDigest(c Config, log *zap.Logger) bool {
+	use := c.Digest != "agent" && feature.KernelDigest()
+	if c.Digest == "auto" && !use {
+		log.Warn("the kernel gives no digests: files are hashed shortly after the event")
+	}
+	return use
+}
+
+// lock keeps a second agent out of the state folder.
+func lock(dir string) (unlock func(), err error) {
+	if err := durable.Mkdir(dir); err != nil {
+		return nil, fmt.Errorf("state folder: %w; choose another with --state-dir", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("state folder: %w; choose another with --state-dir", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock state folder %s: %w", dir, ErrRunning)
+	}
+	return func() { f.Close() }, nil
+}
+
+// bootDir makes the folder of this boot's state. Those of earlier boots stay as they are: their namespaces and PCRs are gone.
+func bootDir(stateDir string, log *zap.Logger) (string, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("read boot id: %w", err)
+	}
+	dir := filepath.Join(stateDir, "boots", strings.TrimSpace(string(id)))
+	if err := durable.Mkdir(dir); err != nil {
+		return "", fmt.Errorf("state folder: %w", err)
+	}
+	others, err := os.ReadDir(filepath.Dir(dir))
+	if err == nil && len(others) > 1 {
+		log.Info("lists of earlier boots are kept; delete what is not needed", zap.String("folder", filepath.Dir(dir)), zap.Int("boots", len(others)-1))
+	}
+	return dir, nil
+}
+
+// openTPM opens the native list's TPM and refuses to share a PCR with the kernel's own IMA.
+func openTPM(ctx context.Context, c Config, log *zap.Logger) (*tpmext.TPM, error) {
+	if n, err := kernelMeasurements(); err == nil && n > 1 && c.PCR == ima.DefaultPCR {
+		return nil, fmt.Errorf("PCR %d: %w (it has %d entries)", c.PCR, ErrSharedPCR, n)
+	}
+	tpm, err := tpmext.Open(ctx, c.TPM)
+	if err != nil {
+		return nil, fmt.Errorf("%w; is the TPM enabled? --tpm names another, --tpm none does without", err)
+	}
+	log.Info("native TPM", zap.String("address", c.TPM), zap.Stringers("banks", tpm.Banks()), zap.Int("pcr", c.PCR))
+	return tpm, nil
+}
+
+// kernelMeasurements returns how many entries the kernel's own IMA has: 1 is its boot_aggregate.
+func kernelMeasurements() (int, error) {
+	b, err := os.ReadFile("/sys/kernel/security/ima/runtime_measurements_count")
+	if err != nil {
+		return 0, err
+	}
+	var n int
+	_, err = fmt.Sscan(string(b), &n)
+	return n, err
+}
+
+// hint adds what most likely stands behind a PCR that is not as a new list needs it.
+func hint(err error) error {
+	if n, countErr := kernelMeasurements(); errors.Is(err, measure.ErrForeign) && countErr == nil && n > 0 {
+		return fmt.Errorf("%w (the kernel's IMA extended its boot_aggregate there: %w)", err, ErrSharedPCR)
+	}
+	return err
+}

@@ -1,0 +1,167 @@
+package agent
+
+import (
+	"context"
+	"time"
+
+	"go.uber.org/zap"
+
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/loader"
+	"imans.dev/imans-agent/internal/namespace"
+)
+
+const (
+	// pollEvery is how often the ring buffer is looked at: being woken for each record would cost an exec-heavy load half its speed.
+	pollEvery = 5 * time.Millisecond
+	// batchMax is how many records are read before their entries are waited for.
+	batchMax = 1024
+	// lossEvery is how often the loss counters are looked at.
+	lossEvery = 100 * time.Millisecond
+	// kernelIMAEvery is how often the kernel's own IMA is looked at.
+	kernelIMAEvery = time.Second
+)
+
+// pump moves records from the kernel side into the tree, and gives them back once their entries are logged.
+type pump struct {
+	kernel   *loader.Kernel
+	tree     *namespace.Tree
+	log      *zap.Logger
+	barriers chan chan error
+}
+
+func newPump(k *loader.Kernel, t *namespace.Tree, log *zap.Logger) *pump {
+	return &pump{kernel: k, tree: t, log: log, barriers: make(chan chan error)}
+}
+
+// catchUp handles what was recorded while no agent ran, then ends what ended meanwhile.
+func (p *pump) catchUp(ctx context.Context) error {
+	if err := p.watchKernelIMA(); err != nil {
+		return err
+	}
+	if err := p.drain(ctx); err != nil {
+		return err
+	}
+	return p.tree.Reconcile()
+}
+
+// run works until ctx ends. An error is fatal to the agent: what is not committed is read again by the next one.
+func (p *pump) run(ctx context.Context) error {
+	poll, loss, kernelIMA := time.NewTicker(pollEvery), time.NewTicker(lossEvery), time.NewTicker(kernelIMAEvery)
+	defer poll.Stop()
+	defer loss.Stop()
+	defer kernelIMA.Stop()
+	for {
+		var err error
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-poll.C:
+			_, err = p.batch(ctx)
+		case <-loss.C:
+			err = p.tree.Losses(ctx)
+		case <-kernelIMA.C:
+			err = p.watchKernelIMA()
+		case reply := <-p.barriers:
+			err = p.drain(ctx)
+			reply <- err
+		}
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+// drain handles all that is recorded now, losses included.
+func (p *pump) drain(ctx context.Context) error {
+	for {
+		n, err := p.batch(ctx)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return p.tree.Losses(ctx)
+		}
+	}
+}
+
+// barrier returns when everything that the kernel side recorded before the call is in the lists.
+func (p *pump) barrier(ctx context.Context) error {
+	reply := make(chan error, 1)
+	select {
+	case p.barriers <- reply:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-reply:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// batch reads some records, waits until their entries are logged, and gives the records back. It returns how many there were.
+func (p *pump) batch(ctx context.Context) (int, error) {
+	var pending []namespace.Pending
+	n := 0
+	for ; n < batchMax; n++ {
+		b := p.kernel.Next()
+		if b == nil {
+			break
+		}
+		entry, err := p.handle(ctx, b)
+		if err != nil {
+			return n, err
+		}
+		pending = append(pending, entry)
+	}
+	if n == 0 {
+		return 0, nil
+	}
+	for _, entry := range pending {
+		if err := entry.Logged(ctx); err != nil {
+			return n, err
+		}
+		if key, ok := entry.Key(); ok {
+			if err := p.kernel.MarkMeasured(key); err != nil {
+				return n, err
+			}
+		}
+	}
+	// Commit point: before this a crash makes the next agent read the records again, and its lists know the entries already;
+	// after it they are nobody's concern any more.
+	p.kernel.Commit()
+	return n, nil
+}
+
+func (p *pump) handle(ctx context.Context, b []byte) (namespace.Pending, error) {
+	record, err := event.Decode(b)
+	if err != nil {
+		p.log.Error("record not understood", zap.Error(err))
+		return namespace.Pending{}, p.tree.Loss(ctx, event.LossUndecodableEvent)
+	}
+	switch r := record.(type) {
+	case *event.File:
+		return p.tree.File(ctx, r)
+	case *event.Birth:
+		return namespace.Pending{}, p.tree.Birth(r)
+	case *event.Death:
+		return namespace.Pending{}, p.tree.Death(r.NS)
+	case *event.Move:
+		p.tree.Move(r)
+	}
+	return namespace.Pending{}, nil
+}
+
+// watchKernelIMA stops trusting the kernel's digests of overlayfs files once its own IMA has a policy.
+func (p *pump) watchKernelIMA() error {
+	n, err := kernelMeasurements()
+	if err != nil {
+		return nil // no IMA, or no securityfs: then there is no cache to be stale either
+	}
+	return p.kernel.DistrustOverlay(n > 1)
+}

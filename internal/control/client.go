@@ -1,0 +1,106 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+)
+
+// ErrNoAgent means that no agent answers at the socket.
+var ErrNoAgent = errors.New("no agent is running here; start one: imans-agent --policy exec")
+
+// Client asks an agent.
+type Client struct {
+	path string
+	http *http.Client
+}
+
+// NewClient returns a client of the agent at a socket. It connects with the first request.
+func NewClient(path string) *Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", path)
+	}
+	return &Client{path, &http.Client{Transport: &http.Transport{DialContext: dial}}}
+}
+
+// get asks for a path; the caller closes the body.
+func (c *Client) get(ctx context.Context, path string) (io.ReadCloser, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	rsp, err := c.http.Do(r)
+	var dial *net.OpError
+	switch {
+	case errors.Is(err, os.ErrPermission):
+		return nil, fmt.Errorf("ask the agent at %s: %w; run as root", c.path, err)
+	case errors.As(err, &dial) && dial.Op == "dial":
+		return nil, fmt.Errorf("ask the agent at %s: %w", c.path, ErrNoAgent)
+	case err != nil:
+		return nil, fmt.Errorf("ask the agent at %s: %w", c.path, err)
+	case rsp.StatusCode == http.StatusOK:
+		return rsp.Body, nil
+	}
+	defer rsp.Body.Close()
+	var e Error
+	if err := json.NewDecoder(rsp.Body).Decode(&e); err != nil || e.Error == "" {
+		e.Error = rsp.Status
+	}
+	return nil, errors.New(e.Error)
+}
+
+func (c *Client) decode(ctx context.Context, path string, v any) error {
+	body, err := c.get(ctx, path)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := json.NewDecoder(body).Decode(v); err != nil {
+		return fmt.Errorf("read the agent's answer: %w", err)
+	}
+	return nil
+}
+
+// Status asks what the agent has counted.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	var s Status
+	return s, c.decode(ctx, "/v1/status", &s)
+}
+
+// Namespaces asks for all namespaces.
+func (c *Client) Namespaces(ctx context.Context) ([]Namespace, error) {
+	var list []Namespace
+	return list, c.decode(ctx, "/v1/namespaces", &list)
+}
+
+// Namespace asks for one namespace.
+func (c *Client) Namespace(ctx context.Context, name string) (Namespace, error) {
+	var n Namespace
+	return n, c.decode(ctx, "/v1/namespaces/"+url.PathEscape(name), &n)
+}
+
+// Policy asks for a namespace's rules; the caller closes the text.
+func (c *Client) Policy(ctx context.Context, name string) (io.ReadCloser, error) {
+	return c.get(ctx, "/v1/namespaces/"+url.PathEscape(name)+"/policy")
+}
+
+// PCRs asks for a namespace's PCR, as the agent reads it from the namespace's TPM.
+func (c *Client) PCRs(ctx context.Context, name string) (PCRs, error) {
+	var p PCRs
+	return p, c.decode(ctx, "/v1/namespaces/"+url.PathEscape(name)+"/pcrs", &p)
+}
+
+// Measurements asks for a namespace's list; the caller closes it. format is ascii, binary or json.
+func (c *Client) Measurements(ctx context.Context, name, format, bank string, follow bool) (io.ReadCloser, error) {
+	q := url.Values{"format": {format}, "bank": {bank}}
+	if follow {
+		q.Set("follow", "true")
+	}
+	return c.get(ctx, "/v1/namespaces/"+url.PathEscape(name)+"/measurements?"+q.Encode())
+}

@@ -1,0 +1,153 @@
+// Package control is the agent's Unix socket: HTTP with JSON, for the command line and other programs of the host's root.
+//
+// Every request is answered as of a moment after it came: what the kernel side had recorded by then is in the answer. Only
+// root of the host may ask; who it is comes from the socket (SO_PEERCRED), never from the request.
+//
+//	GET /v1/status                           what the agent has counted
+//	GET /v1/namespaces                       all namespaces, parents first
+//	GET /v1/namespaces/NAME                  one: its inode number, INUM:ID, or "native"
+//	GET /v1/namespaces/NAME/policy           its rules, as text
+//	GET /v1/namespaces/NAME/pcrs             its PCR in each bank of its TPM, as the agent reads it now
+//	GET /v1/namespaces/NAME/measurements     its list; ?format=binary|ascii|json, ?bank=sha256, ?follow=true
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/namespace"
+)
+
+// SocketName is the socket's file name in the run folder.
+const SocketName = "agent.sock"
+
+// barrierTimeout bounds how long a request waits for the pipeline to drain: no stale answer is given instead.
+const barrierTimeout = 10 * time.Second
+
+// Server answers requests.
+type Server struct {
+	tree     *namespace.Tree
+	barrier  func(context.Context) error
+	log      *zap.Logger
+	path     string
+	listener net.Listener
+	http     *http.Server
+}
+
+// Listen makes the socket, mode 0600 in a folder of mode 0700. barrier must return when all that is recorded is in the lists.
+func Listen(path string, tree *namespace.Tree, barrier func(context.Context) error, log *zap.Logger) (*Server, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, fmt.Errorf("listen: %w; choose another folder with --run-dir", err)
+	}
+	// The state folder's lock says that no other agent runs, so what stands here is left over.
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
+	}
+	s := &Server{tree: tree, barrier: barrier, log: log, path: path, listener: listener}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", s.status)
+	mux.HandleFunc("GET /v1/namespaces", s.namespaces)
+	mux.HandleFunc("GET /v1/namespaces/{name}", s.namespace)
+	mux.HandleFunc("GET /v1/namespaces/{name}/policy", s.policy)
+	mux.HandleFunc("GET /v1/namespaces/{name}/pcrs", s.pcrs)
+	mux.HandleFunc("GET /v1/namespaces/{name}/measurements", s.measurements)
+	s.http = &http.Server{
+		Handler: s.onlyRoot(mux), ConnContext: peerContext, ReadHeaderTimeout: 5 * time.Second,
+		ErrorLog: zap.NewStdLog(log.Named("control")),
+	}
+	return s, nil
+}
+
+// Path returns the socket's path.
+func (s *Server) Path() string { return s.path }
+
+// Run serves until ctx ends.
+func (s *Server) Run(ctx context.Context) error {
+	s.http.BaseContext = func(net.Listener) context.Context { return ctx }
+	failed := make(chan error, 1)
+	go func() { failed <- s.http.Serve(s.listener) }()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve %s: %w", s.path, err)
+	case <-ctx.Done():
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	s.http.Shutdown(stop)
+	s.http.Close()
+	<-failed
+	return nil
+}
+
+type peerKey struct{}
+
+// peerContext takes the caller's credentials from the socket.
+func peerContext(ctx context.Context, c net.Conn) context.Context {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return ctx
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return ctx
+	}
+	raw.Control(func(fd uintptr) {
+		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			ctx = context.WithValue(ctx, peerKey{}, cred)
+		}
+	})
+	return ctx
+}
+
+// onlyRoot refuses everyone but root, then waits until what is recorded is in the lists.
+func (s *Server) onlyRoot(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		cred, ok := r.Context().Value(peerKey{}).(*unix.Ucred)
+		if !ok || cred.Uid != 0 {
+			s.fail(w, http.StatusForbidden, errors.New("only root of the host may ask"))
+			return
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), barrierTimeout)
+		defer cancel()
+		if err := s.barrier(ctx); err != nil {
+			s.fail(w, http.StatusServiceUnavailable, fmt.Errorf("the lists are behind: %w; try again", err))
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// Error is the body of every answer that is not a success.
+type Error struct {
+	Error string `json:"error"`
+}
+
+func (s *Server) fail(w http.ResponseWriter, code int, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	json.NewEncoder(w).Encode(Error{err.Error()})
+}
+
+func (s *Server) reply(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(v); err != nil {
+		s.log.Debug("reply", zap.Error(err))
+	}
+}

@@ -1,0 +1,260 @@
+package control
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/namespace"
+)
+
+// Namespace is one mount namespace, as JSON has it.
+type Namespace struct {
+	Inum       uint32 `json:"inum"`
+	ID         uint64 `json:"id"`
+	Parent     string `json:"parent,omitempty"` // inum:id; none for the native namespace
+	Depth      int    `json:"depth"`
+	Origin     string `json:"origin"`
+	Born       string `json:"born"` // RFC 3339
+	Container  string `json:"container,omitempty"`
+	PID        uint32 `json:"pid,omitempty"` // of the first process seen
+	Entered    int    `json:"entered"`       // processes that came in from outside
+	Entries    int    `json:"entries"`
+	Extended   int    `json:"extended"`
+	Violations int    `json:"violations"`
+	PCR        int    `json:"pcr"`
+	TPM        string `json:"tpm,omitempty"`
+	State      string `json:"state"` // idle: nothing measured yet; measuring; waiting: see trouble; ended: see trouble
+	Trouble    string `json:"trouble,omitempty"`
+	Rules      int    `json:"rules"`
+}
+
+// Name returns inum:id.
+func (n Namespace) Name() string { return fmt.Sprintf("%d:%d", n.Inum, n.ID) }
+
+// Status is what the agent has counted since it began.
+type Status struct {
+	Namespaces int               `json:"namespaces"`
+	Events     uint64            `json:"events"`
+	Entries    int               `json:"entries"` // different ones, however many lists hold them
+	Hashed     uint64            `json:"hashed"`  // files read by the agent
+	Losses     map[string]uint64 `json:"losses"`
+}
+
+// PCRs is one register in each bank.
+type PCRs struct {
+	PCR    int      `json:"pcr"`
+	Values []string `json:"values"` // ALGORITHM:HEX
+}
+
+// Entry is one entry of a list, as JSON has it.
+type Entry struct {
+	Number         int    `json:"number"` // from 0
+	PCR            int    `json:"pcr"`
+	TemplateDigest string `json:"template_digest"` // ALGORITHM:HEX
+	Template       string `json:"template"`
+	Digest         string `json:"digest"`
+	Name           string `json:"name"` // bytes that are not UTF-8 are replaced
+	Violation      bool   `json:"violation,omitempty"`
+}
+
+func jsonNamespace(i namespace.Info) Namespace {
+	n := Namespace{
+		Inum: i.NS.Inum, ID: i.NS.ID, Depth: i.Depth, Origin: i.Origin, Born: i.Born.UTC().Format(time.RFC3339),
+		PID: i.Leader.TGID, Container: cgroupName(i.Leader.TGID), Entered: i.Entered, Entries: i.Status.Entries,
+		Extended: i.Status.Extended, Violations: i.Status.Violations, PCR: i.PCR, TPM: i.TPM, Rules: i.Rules,
+	}
+	if !i.Parent.IsZero() {
+		n.Parent = i.Parent.String()
+	}
+	trouble := errors.Join(i.Status.Fatal, i.Status.LogError, i.Status.TPMError)
+	switch {
+	case i.Status.Fatal != nil:
+		n.State = "ended"
+	case trouble != nil:
+		n.State = "waiting"
+	case i.Active:
+		n.State = "measuring"
+	default:
+		n.State = "idle"
+	}
+	if trouble != nil {
+		n.Trouble = trouble.Error()
+	}
+	return n
+}
+
+// cgroupName returns the last part of a process's control group, which container runtimes name by the container's id. Claimed by
+// whoever made the group; no list vouches for it.
+func cgroupName(pid uint32) string {
+	if pid == 0 {
+		return ""
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(b)) {
+		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
+			return strings.TrimSuffix(path[strings.LastIndexByte(path, '/')+1:], ".scope")
+		}
+	}
+	return ""
+}
+
+func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
+	s.reply(w, Status(s.tree.Counters()))
+}
+
+func (s *Server) namespaces(w http.ResponseWriter, _ *http.Request) {
+	list := []Namespace{}
+	for _, i := range s.tree.List() {
+		list = append(list, jsonNamespace(i))
+	}
+	s.reply(w, list)
+}
+
+// find answers 404 or 409 itself.
+func (s *Server) find(w http.ResponseWriter, r *http.Request) (namespace.View, bool) {
+	v, err := s.tree.Find(r.PathValue("name"))
+	var missing *namespace.NotFoundError
+	switch {
+	case errors.As(err, &missing) && len(missing.Matches) > 0:
+		s.fail(w, http.StatusConflict, err)
+	case err != nil:
+		s.fail(w, http.StatusNotFound, err)
+	}
+	return v, err == nil
+}
+
+func (s *Server) namespace(w http.ResponseWriter, r *http.Request) {
+	if v, ok := s.find(w, r); ok {
+		s.reply(w, jsonNamespace(v.Info))
+	}
+}
+
+func (s *Server) policy(w http.ResponseWriter, r *http.Request) {
+	if v, ok := s.find(w, r); ok {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		io.WriteString(w, v.Policy.String())
+	}
+}
+
+func (s *Server) pcrs(w http.ResponseWriter, r *http.Request) {
+	v, ok := s.find(w, r)
+	if !ok {
+		return
+	}
+	if v.List == nil {
+		s.fail(w, http.StatusNotFound, fmt.Errorf("namespace %v has no list yet: nothing was measured in it", v.Info.NS))
+		return
+	}
+	values, err := v.List.PCRs(r.Context())
+	if err != nil {
+		s.fail(w, http.StatusServiceUnavailable, err)
+		return
+	}
+	answer := PCRs{PCR: v.Info.PCR}
+	for _, d := range values {
+		answer.Values = append(answer.Values, d.String())
+	}
+	slices.Sort(answer.Values)
+	s.reply(w, answer)
+}
+
+func (s *Server) measurements(w http.ResponseWriter, r *http.Request) {
+	v, ok := s.find(w, r)
+	if !ok {
+		return
+	}
+	q := r.URL.Query()
+	bank := ima.SHA1
+	if name := q.Get("bank"); name != "" {
+		if bank, ok = ima.HashAlgoByName(name); ok {
+			_, ok = bank.Hash()
+		}
+		if !ok {
+			s.fail(w, http.StatusBadRequest, fmt.Errorf("bank %q: want sha1, sha256, sha384 or sha512", name))
+			return
+		}
+	}
+	format, ok := formats[q.Get("format")]
+	if !ok {
+		s.fail(w, http.StatusBadRequest, fmt.Errorf("format %q: want ascii, binary or json", q.Get("format")))
+		return
+	}
+	w.Header().Set("Content-Type", format.contentType)
+	w.WriteHeader(http.StatusOK)
+	s.stream(w, r, v, format, bank, q.Get("follow") == "true")
+}
+
+// stream writes the list, entry by entry, and with follow goes on until the list or the request ends.
+func (s *Server) stream(w http.ResponseWriter, r *http.Request, v namespace.View, f format, bank ima.HashAlgo, follow bool) {
+	flush := http.NewResponseController(w).Flush
+	for next := 0; v.List != nil; {
+		reader, n, err := v.List.Reader(next)
+		if err != nil {
+			return
+		}
+		var out []byte
+		for range n {
+			e, err := reader.Next()
+			if err != nil {
+				return
+			}
+			if out = f.append(out, next, e, bank); len(out) > 64<<10 {
+				if _, err := w.Write(out); err != nil {
+					return
+				}
+				out = out[:0]
+			}
+			next++
+		}
+		if _, err := w.Write(out); err != nil || flush() != nil || !follow {
+			return
+		}
+		if v.List.AwaitEntries(r.Context(), next) != nil {
+			return
+		}
+	}
+}
+
+// format is one way to write a list.
+type format struct {
+	contentType string
+	append      func(dst []byte, number int, e *imalog.Entry, bank ima.HashAlgo) []byte
+}
+
+var formats = map[string]format{
+	"":       {"text/plain; charset=utf-8", appendASCII},
+	"ascii":  {"text/plain; charset=utf-8", appendASCII},
+	"binary": {"application/octet-stream", appendBinary},
+	"json":   {"application/x-ndjson", appendJSON},
+}
+
+func appendASCII(dst []byte, _ int, e *imalog.Entry, bank ima.HashAlgo) []byte {
+	return e.AppendASCII(dst, bank)
+}
+
+func appendBinary(dst []byte, _ int, e *imalog.Entry, bank ima.HashAlgo) []byte {
+	return e.AppendBinary(dst, bank)
+}
+
+func appendJSON(dst []byte, number int, e *imalog.Entry, bank ima.HashAlgo) []byte {
+	line, err := json.Marshal(Entry{
+		Number: number, PCR: e.PCR(), TemplateDigest: e.Digest(bank).String(), Template: e.Template(),
+		Digest: e.FileDigest().String(), Name: e.Name(), Violation: e.Violation(),
+	})
+	if err != nil {
+		return dst // no field of it can fail to marshal
+	}
+	return append(append(dst, line...), '\n')
+}

@@ -1,0 +1,304 @@
+package namespace
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"go.uber.org/zap"
+
+	"imans.dev/imans-agent/internal/digest"
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/measure"
+	"imans.dev/imans-agent/internal/policy"
+)
+
+// Pending is what must happen before a record may be given back to the kernel.
+type Pending struct {
+	receipts []measure.Receipt
+	mark     bool // nothing of the event is in doubt: its content needs no event any more
+	key      event.MeasuredKey
+}
+
+// Logged waits until all entries of the record are in their logs.
+func (p Pending) Logged(ctx context.Context) error {
+	for _, r := range p.receipts {
+		if err := r.Logged(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Key returns the key to mark as measured, and whether there is one. Ask after Logged only.
+func (p Pending) Key() (event.MeasuredKey, bool) { return p.key, p.mark }
+
+// look is one file event on its way through the chain: what one level found out serves the next.
+type look struct {
+	tree    *Tree
+	ev      *event.File
+	ctx     context.Context
+	name    string
+	digests map[ima.HashAlgo]ima.Digest
+	opened  *os.File
+	openErr error
+	tried   bool
+	sig     []byte
+	sigRead bool
+	entries map[entryKey]*imalog.Entry
+	pending Pending
+	inDoubt bool
+}
+
+// entryKey tells apart the entries that levels want of one event; equal ones share one.
+type entryKey struct {
+	pcr      int
+	template string
+	loss     event.Loss
+}
+
+// File measures a file in the list of its namespace and of each ancestor that wants it.
+func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
+	s, ok := t.known(ev.NS)
+	if !ok {
+		// Its birth was lost, or it was there without any task when the agent began.
+		s = t.add(ev.NS, t.parentOf(ev.NS), "met by an event")
+		if err := t.publish(s); err != nil {
+			return Pending{}, err
+		}
+	}
+	t.mu.Lock()
+	t.events++
+	if s.leader.Start == 0 {
+		s.leader = ev.Process
+	}
+	current := s.generation
+	t.mu.Unlock()
+	l := &look{tree: t, ev: ev, ctx: ctx, digests: map[ima.HashAlgo]ima.Digest{}, entries: map[entryKey]*imalog.Entry{}}
+	l.name = l.findName(s)
+	defer l.close()
+	for n := s; n != nil; n = n.parent {
+		if err := l.measure(n, s); err != nil {
+			return Pending{}, fmt.Errorf("measure %q in namespace %v: %w", l.name, n.ns, err)
+		}
+	}
+	l.pending.key = ev.MeasuredKey()
+	l.pending.mark = !l.inDoubt && ev.Policy == current && ev.Nlink > 0 && t.provable(ev)
+	return l.pending, nil
+}
+
+// parentOf asks the kernel side for a parent.
+func (t *Tree) parentOf(ns event.MountNS) *State {
+	registered, err := t.config.Kernel.Registered()
+	if err != nil {
+		t.log.Warn("find a namespace's parent", zap.Stringer("ns", ns), zap.Error(err))
+	}
+	return t.lookup(registered[ns])
+}
+
+// provable reports whether the content's identity stands for its bytes from the event on.
+func (t *Tree) provable(ev *event.File) bool {
+	const doubt = event.Writers | event.Changed | event.RealUnknown
+	return ev.Flags&doubt == 0 && digest.Versioned(ev.RealFS.Magic) && digest.Settled(ev.Content, t.bootAt.Add(ev.Boottime))
+}
+
+// findName returns the path for the entry, as the kernel's IMA would have it.
+func (l *look) findName(s *State) string {
+	name := l.ev.Path
+	if l.ev.Flags&event.Mprotect != 0 {
+		if path, err := digest.MappingPath(l.ev); err == nil {
+			name = path
+		}
+	}
+	if l.ev.Flags&event.Unlinked != 0 && strings.HasPrefix(name, "/memfd:") {
+		name = name[1:] // the name of its directory entry, as it has no path
+	}
+	if name == "" {
+		name = fmt.Sprintf("inode-%d-on-%d:%d", l.ev.Content.Ino, l.ev.Content.Dev>>20, l.ev.Content.Dev&0xfffff)
+	}
+	return name
+}
+
+// functions returns what the event is to rules, in the kernel's order.
+func (l *look) functions() []ima.Func {
+	if l.ev.Func == ima.MmapCheck && l.ev.Flags&event.Reqprot != 0 {
+		return []ima.Func{ima.MmapCheckReqprot, ima.MmapCheck}
+	}
+	return []ima.Func{l.ev.Func}
+}
+
+func (l *look) query(f ima.Func) *policy.Query {
+	ev := l.ev
+	return &policy.Query{
+		Func: f, Mask: ima.MayExec,
+		FSMagic: ev.SeenFS.Magic, FSName: ev.SeenFS.Name, FSUUID: ev.SeenFS.UUID,
+		UID: ev.Subject.UID, EUID: ev.Subject.EUID, SUID: ev.Subject.SUID,
+		GID: ev.Subject.GID, EGID: ev.Subject.EGID, SGID: ev.Subject.SGID,
+		FOwner: ev.FOwner, FGroup: ev.FGroup,
+		CapSetUID: ev.Flags&event.SetUIDCap != 0, CapSetGID: ev.Flags&event.SetGIDCap != 0,
+	}
+}
+
+// measure does what one level's policy says. n is the level, s the event's own namespace.
+func (l *look) measure(n, s *State) error {
+	for _, f := range l.functions() {
+		d := n.policy.Match(l.query(f))
+		if d.Actions&(ima.Measure|ima.Audit) == 0 {
+			continue
+		}
+		if err := n.open(l.ctx); err != nil {
+			return err
+		}
+		sum, loss := l.digest(s, l.tree.config.Algo)
+		if d.Actions&ima.Audit != 0 {
+			l.audit(n, f, sum)
+		}
+		if d.Actions&ima.Measure == 0 {
+			continue
+		}
+		if err := l.append(n, s, d, sum, loss); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// append hands the entry, or the violation, to a level's list.
+func (l *look) append(n, s *State, d policy.Decision, sum ima.Digest, loss event.Loss) error {
+	key := entryKey{pcr: n.pcr, template: l.tree.config.Template, loss: loss}
+	if d.PCR >= 0 {
+		key.pcr = d.PCR
+	}
+	if d.Template != "" {
+		key.template = d.Template
+	}
+	if l.ev.Flags&event.Writers != 0 && loss == 0 && !n.writers[l.ev.Content] {
+		// As the kernel does: a violation first, then what the file was all the same; once for each content.
+		if n.writers == nil || len(n.writers) >= 4096 {
+			n.writers = make(map[event.Content]bool)
+		}
+		n.writers[l.ev.Content] = true
+		writers := key
+		writers.loss = event.LossOpenWriters
+		if err := l.appendEntry(n, s, writers, sum); err != nil {
+			return err
+		}
+	}
+	return l.appendEntry(n, s, key, sum)
+}
+
+func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
+	e, ok := l.entries[key]
+	if !ok {
+		v := imalog.FieldValues{Digest: sum, Name: l.name}
+		var err error
+		if key.loss != 0 {
+			v.Digest = ima.ZeroDigest(l.tree.config.Algo)
+			e, err = imalog.NewViolation(key.pcr, key.template, v)
+			l.inDoubt = true
+			l.tree.countLoss(key.loss)
+			l.tree.log.Warn("violation", zap.Stringer("reason", key.loss), zap.String("file", l.name), zap.Stringer("ns", l.ev.NS),
+				zap.NamedError("because", l.openErr))
+		} else {
+			v.Sig = l.signature(s, key.template)
+			e, err = imalog.NewEntry(key.pcr, key.template, v)
+		}
+		if err != nil {
+			return err
+		}
+		l.entries[key] = e
+	}
+	l.pending.receipts = append(l.pending.receipts, n.list.Append(e))
+	return nil
+}
+
+// audit writes what the kernel's IMA would give to the audit system (AUDIT_INTEGRITY_RULE).
+func (l *look) audit(n *State, f ima.Func, sum ima.Digest) {
+	l.tree.log.Info("audit", zap.Stringer("ns", n.ns), zap.Stringer("func", f), zap.String("file", l.name),
+		zap.Stringer("hash", sum), zap.Uint32("pid", l.ev.Process.TGID), zap.Uint32("uid", l.ev.Subject.UID))
+}
+
+// digest returns the content's digest, or why there is none.
+func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
+	if l.ev.Flags&event.Changed != 0 {
+		return ima.Digest{}, event.LossContentChanged
+	}
+	cacheable := l.tree.provable(l.ev)
+	if d := l.ev.Digest; !d.IsNone() && d.Algo() == algo {
+		if cacheable {
+			l.tree.cache.Put(l.ev.Content, d)
+		}
+		return d, 0
+	}
+	if d, ok := l.digests[algo]; ok {
+		return d, 0
+	}
+	if cacheable {
+		if d := l.tree.cache.Get(l.ev.Content, algo); !d.IsNone() {
+			return d, 0
+		}
+	}
+	f, err := l.open(s)
+	var sums []ima.Digest
+	if err == nil {
+		sums, err = digest.Sum(f, l.ev, algo)
+		l.tree.cache.CountHashed()
+	}
+	switch {
+	case errors.Is(err, digest.ErrChanged):
+		l.openErr = err
+		return ima.Digest{}, event.LossContentChanged
+	case errors.Is(err, digest.ErrUnreachable):
+		return ima.Digest{}, event.LossFileUnreachable
+	case err != nil:
+		l.openErr = err
+		return ima.Digest{}, event.LossReadError
+	}
+	l.digests[algo] = sums[0]
+	if cacheable {
+		l.tree.cache.Put(l.ev.Content, sums[0])
+	} else {
+		l.inDoubt = true
+	}
+	return sums[0], 0
+}
+
+// open opens the very file, once.
+func (l *look) open(s *State) (*os.File, error) {
+	if !l.tried {
+		l.tried = true
+		if s.root == nil {
+			if root, err := digest.OpenRoot(l.ev.Process); err == nil {
+				s.root = root
+			}
+		}
+		l.opened, l.openErr = digest.Open(l.ev, s.root)
+	}
+	return l.opened, l.openErr
+}
+
+// signature returns security.ima if the template shows it and it is a signature. A file that can't be opened any more is taken
+// to have none: the entry then claims less than was there, never more.
+func (l *look) signature(s *State, template string) []byte {
+	if !slices.Contains([]string{imalog.Sig, imalog.Sigv2, imalog.Modsig}, template) && !strings.Contains(template, "|sig") {
+		return nil
+	}
+	if !l.sigRead {
+		l.sigRead = true
+		if f, err := l.open(s); err == nil {
+			l.sig = digest.Signature(f)
+		}
+	}
+	return l.sig
+}
+
+func (l *look) close() {
+	if l.opened != nil {
+		l.opened.Close()
+	}
+}

@@ -1,0 +1,131 @@
+package namespace
+
+import (
+	"fmt"
+	"sort"
+	"strings"
+	"time"
+
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/measure"
+	"imans.dev/imans-agent/internal/policy"
+)
+
+// Info is what there is to say of a namespace at one moment.
+type Info struct {
+	NS      event.MountNS
+	Parent  event.MountNS // zero: the native namespace
+	Depth   int           // 0: the native namespace
+	Origin  string        // how it came to be known
+	Born    time.Time     // when the agent learned of it
+	Leader  event.Process // the first process seen in it
+	Entered int           // processes that came in from outside
+	PCR     int
+	TPM     string // address; "" without one, or before the first entry
+	Active  bool   // it has a list
+	Status  measure.Status
+	Rules   int // in its policy
+}
+
+// List returns all namespaces, each after its parent, siblings by inode number.
+func (t *Tree) List() []Info {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var infos []Info
+	var walk func(s *State, depth int)
+	walk = func(s *State, depth int) {
+		infos = append(infos, s.info(depth))
+		children := append([]*State(nil), s.children...)
+		sort.Slice(children, func(i, j int) bool { return children[i].ns.Inum < children[j].ns.Inum })
+		for _, c := range children {
+			walk(c, depth+1)
+		}
+	}
+	if t.native != nil {
+		walk(t.native, 0)
+	}
+	return infos
+}
+
+// info is called with the tree locked.
+func (s *State) info(depth int) Info {
+	i := Info{
+		NS: s.ns, Parent: s.parentNS(), Depth: depth, Origin: s.origin, Born: s.born, Leader: s.leader, Entered: s.entered,
+		PCR: s.pcr, Active: s.list != nil, Rules: len(s.policy.Rules()),
+	}
+	if s.list != nil {
+		i.Status = s.list.Status()
+	}
+	if s.swtpm != nil {
+		i.TPM = s.swtpm.Address()
+	}
+	return i
+}
+
+// NotFoundError means that no namespace, or more than one, has that name.
+type NotFoundError struct {
+	Name    string
+	Matches []event.MountNS
+}
+
+// Error says what to do.
+func (e *NotFoundError) Error() string {
+	if len(e.Matches) == 0 {
+		return fmt.Sprintf("no namespace %q; imans-agent ns lists them", e.Name)
+	}
+	return fmt.Sprintf("%q names more than one namespace: %v; say which, as INUM:ID", e.Name, e.Matches)
+}
+
+// View is what others may read of a namespace.
+type View struct {
+	Info   Info
+	Policy *policy.Policy
+	List   *measure.List // nil until the first entry
+}
+
+// Find returns the namespace of that name: its inode number as lsns prints it, inum:id, or "native".
+func (t *Tree) Find(name string) (View, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var found []*State
+	for _, s := range t.states {
+		if name == s.ns.String() || name == fmt.Sprint(s.ns.Inum) || name == "native" && s == t.native {
+			found = append(found, s)
+		}
+	}
+	if len(found) != 1 {
+		e := &NotFoundError{Name: name}
+		for _, s := range found {
+			e.Matches = append(e.Matches, s.ns)
+		}
+		return View{}, e
+	}
+	s := found[0]
+	depth := 0
+	for n := s.parent; n != nil; n = n.parent {
+		depth++
+	}
+	return View{Info: s.info(depth), Policy: s.policy, List: s.list}, nil
+}
+
+// Counters is what the tree has counted since the agent began.
+type Counters struct {
+	Namespaces int
+	Events     uint64
+	Entries    int    // different ones, however many lists hold them
+	Hashed     uint64 // files read by the agent
+	Losses     map[string]uint64
+}
+
+// Counters returns the counters.
+func (t *Tree) Counters() Counters {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	c := Counters{
+		Namespaces: len(t.states), Events: t.events, Entries: t.store.Len(), Hashed: t.cache.Hashed(), Losses: make(map[string]uint64),
+	}
+	for reason, n := range t.losses {
+		c.Losses[strings.ToLower(reason.String())] = n
+	}
+	return c
+}

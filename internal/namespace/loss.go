@@ -1,0 +1,133 @@
+package namespace
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+
+	"go.uber.org/zap"
+
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/loader"
+	"imans.dev/imans-agent/internal/measure"
+)
+
+// lossPrefix begins the name of a violation that stands for events of which not even the file is known. No path begins so.
+const lossPrefix = "imans-lost"
+
+// lossName is imans-lost/REASON/INUM:ID/COUNT: how many events of which namespace are missing, and why.
+func lossName(reason event.Loss, ns event.MountNS, count uint64) string {
+	return fmt.Sprintf("%s/%v/%v/%d", lossPrefix, reason, ns, count)
+}
+
+// parseLossName takes such a name apart.
+func parseLossName(name string) (key loader.LossKey, count uint64, ok bool) {
+	parts := strings.Split(name, "/")
+	if len(parts) != 4 || parts[0] != lossPrefix {
+		return key, 0, false
+	}
+	if n, _ := fmt.Sscanf(parts[2]+" "+parts[3], "%d:%d %d", &key.NS.Inum, &key.NS.ID, &count); n != 3 {
+		return key, 0, false
+	}
+	for r := event.Loss(1); r.String() != "unknown"; r++ {
+		if r.String() == parts[1] {
+			key.Reason = r
+			return key, count, true
+		}
+	}
+	return key, 0, false
+}
+
+// readRecordedLosses adds up what the native list tells of lost events, so that none is told twice after a restart.
+func (t *Tree) readRecordedLosses(list *measure.List) error {
+	r, _, err := list.Reader(0)
+	if err != nil {
+		return err
+	}
+	for {
+		e, err := r.Next()
+		if err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if key, n, ok := parseLossName(e.Name()); ok && e.Violation() {
+			t.recorded[key] += n
+		}
+	}
+}
+
+// Losses turns the kernel side's counters into violations in the lists of the namespaces concerned and of all their ancestors,
+// and waits until they are logged. What is on record already is not told again.
+func (t *Tree) Losses(ctx context.Context) error {
+	losses, err := t.config.Kernel.Losses()
+	if err != nil {
+		return err
+	}
+	for key, count := range losses {
+		t.mu.Lock()
+		missing := count - t.recorded[key]
+		t.recorded[key] = count
+		t.mu.Unlock()
+		s, known := t.known(key.NS)
+		if missing != 0 {
+			if !known {
+				s = t.native
+			}
+			t.log.Error("events lost", zap.Stringer("reason", key.Reason), zap.Stringer("ns", key.NS), zap.Uint64("count", missing))
+			if err := s.recordLoss(ctx, lossName(key.Reason, key.NS, missing), key.Reason); err != nil {
+				return err
+			}
+		}
+		if !known {
+			if err := t.config.Kernel.ForgetLosses(key); err != nil {
+				return err
+			}
+			delete(t.recorded, key)
+		}
+	}
+	return nil
+}
+
+// Loss records that an event of the agent's own side could not be measured, in the native list.
+func (t *Tree) Loss(ctx context.Context, reason event.Loss) error {
+	return t.native.recordLoss(ctx, lossName(reason, t.native.ns, 1), reason)
+}
+
+// recordLoss appends a violation to a namespace's list and to each ancestor's. The native list comes last: after a crash in
+// between the loss is told again, never forgotten.
+func (s *State) recordLoss(ctx context.Context, name string, reason event.Loss) error {
+	for n := s; n != nil; n = n.parent {
+		if err := n.open(ctx); err != nil {
+			return err
+		}
+		if err := n.appendViolation(name, reason); err != nil {
+			return err
+		}
+		if err := n.list.Barrier(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// appendViolation appends a violation to the namespace's own list.
+func (s *State) appendViolation(name string, reason event.Loss) error {
+	c := s.tree.config
+	e, err := imalog.NewViolation(s.pcr, c.Template, imalog.FieldValues{Digest: ima.ZeroDigest(c.Algo), Name: name})
+	if err != nil {
+		return err
+	}
+	s.list.Append(e)
+	s.tree.countLoss(reason)
+	return nil
+}
+
+func (t *Tree) countLoss(reason event.Loss) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.losses[reason]++
+}

@@ -1,0 +1,229 @@
+package namespace
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/digest"
+	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/measure"
+	"imans.dev/imans-agent/internal/policy"
+	"imans.dev/imans-agent/internal/tpmext"
+	"imans.dev/imans-agent/internal/vtpm"
+)
+
+// State is everything that ends with a namespace. Only Tree makes, lists and frees it.
+type State struct {
+	tree   *Tree
+	ns     event.MountNS
+	dir    string
+	pcr    int
+	born   time.Time
+	origin string // how it came to be known
+
+	// Guarded by tree.mu.
+	parent     *State // nil: the native namespace
+	children   []*State
+	policy     *policy.Policy // swapped whole
+	generation uint64         // of the chain's policies
+	list       *measure.List  // nil until the first entry
+	swtpm      *vtpm.Instance // nil: none yet, or lost
+	leader     event.Process  // the first process seen in it
+	entered    int            // processes that came in from outside
+
+	// The goroutine that handles records only.
+	tpm     *tpmext.TPM
+	root    *digest.Root
+	writers map[event.Content]bool // contents whose open writers are on record
+}
+
+// stateFile is what a namespace's folder says of it.
+type stateFile struct {
+	Inum       uint32 `json:"inum"`
+	ID         uint64 `json:"id"`
+	ParentInum uint32 `json:"parent_inum"`
+	ParentID   uint64 `json:"parent_id"`
+}
+
+const stateFileName = "namespace.json"
+
+// leftStates returns the namespaces whose folders an earlier agent of this boot left, with their parents.
+func leftStates(dir string) (map[event.MountNS]event.MountNS, error) {
+	left := make(map[event.MountNS]event.MountNS)
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("list namespaces' folders: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name(), stateFileName)
+		b, err := os.ReadFile(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // a crash between making the folder and recording it: nothing was in it yet
+		}
+		var f stateFile
+		if err == nil {
+			err = json.Unmarshal(b, &f)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w; move its folder away and restart", path, err)
+		}
+		left[event.MountNS{Inum: f.Inum, ID: f.ID}] = event.MountNS{Inum: f.ParentInum, ID: f.ParentID}
+	}
+	return left, nil
+}
+
+// record writes the state file, if the namespace has a folder.
+func (s *State) record() error {
+	if s.parent == nil || s.list == nil {
+		return nil
+	}
+	return s.writeRecord()
+}
+
+func (s *State) writeRecord() error {
+	p := s.parentNS()
+	b, err := json.Marshal(stateFile{Inum: s.ns.Inum, ID: s.ns.ID, ParentInum: p.Inum, ParentID: p.ID})
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(filepath.Join(s.dir, stateFileName), b)
+}
+
+func (s *State) parentNS() event.MountNS {
+	if s.parent == nil {
+		return event.MountNS{}
+	}
+	return s.parent.ns
+}
+
+func (s *State) vtpmConfig() vtpm.Config {
+	return vtpm.Config{
+		Program: s.tree.config.Swtpm, Dir: filepath.Join(s.dir, "tpm"),
+		Socket: filepath.Join(s.tree.config.RunDir, "tpm", fmt.Sprintf("%d-%d", s.ns.Inum, s.ns.ID)),
+	}
+}
+
+// open begins or recovers the namespace's list and vTPM. It does nothing if they are open.
+func (s *State) open(ctx context.Context) error {
+	if s.list != nil {
+		return nil
+	}
+	if err := durable.Mkdir(s.dir); err != nil {
+		return err
+	}
+	if err := s.writeRecord(); err != nil {
+		return err
+	}
+	if s.tree.config.Swtpm == "" {
+		return s.openList(ctx, nil)
+	}
+	tpm, err := s.openTPM(ctx)
+	switch {
+	case errors.Is(err, vtpm.ErrLost):
+		s.tree.log.Error("a namespace's vTPM is lost, its list is not anchored any more", zap.Stringer("ns", s.ns), zap.Error(err))
+		if err := s.openList(ctx, nil); err != nil {
+			return err
+		}
+		return s.appendViolation(lossName(event.LossVtpmLost, s.ns, 1), event.LossVtpmLost)
+	case err != nil:
+		return fmt.Errorf("namespace %v: %w", s.ns, err)
+	}
+	s.tpm = tpm
+	return s.openList(ctx, tpm)
+}
+
+// openTPM finds the vTPM of an earlier agent, or starts one where there never was any.
+func (s *State) openTPM(ctx context.Context) (*tpmext.TPM, error) {
+	c := s.vtpmConfig()
+	instance, err := vtpm.Adopt(c)
+	if errors.Is(err, os.ErrNotExist) {
+		if _, err := os.Stat(filepath.Join(s.dir, measure.LogName)); err == nil {
+			return nil, vtpm.ErrLost // a list that began without one
+		}
+		instance, err = vtpm.Start(ctx, c)
+	}
+	if err != nil {
+		return nil, err
+	}
+	tpm, err := tpmext.Open(ctx, instance.Address())
+	if err != nil {
+		return nil, errors.Join(err, instance.Close())
+	}
+	s.tree.mu.Lock()
+	s.swtpm = instance
+	s.tree.mu.Unlock()
+	return tpm, nil
+}
+
+func (s *State) openList(ctx context.Context, tpm measure.TPM) error {
+	c := s.tree.config
+	list, recovery, err := measure.Open(ctx, measure.Config{
+		Dir: s.dir, PCR: s.pcr, Template: c.Template, Algo: c.Algo, TPM: tpm, Store: s.tree.store, Log: c.Log,
+	})
+	if err != nil {
+		return err
+	}
+	if recovery.Entries > 0 {
+		c.Log.Info("list recovered", zap.Stringer("ns", s.ns), zap.Int("entries", recovery.Entries),
+			zap.Int("extended again", recovery.Unextended), zap.Int64("cut bytes", recovery.CutBytes))
+	}
+	s.tree.mu.Lock()
+	s.list = list
+	s.tree.mu.Unlock()
+	return nil
+}
+
+// close lets go of list and vTPM without ending them.
+func (s *State) close() error {
+	var errs []error
+	if s.list != nil {
+		errs = append(errs, s.list.Close())
+	}
+	if s.tpm != nil {
+		errs = append(errs, s.tpm.Close())
+	}
+	if s.swtpm != nil {
+		errs = append(errs, s.swtpm.Close())
+	}
+	if s.root != nil {
+		errs = append(errs, s.root.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// end ends the vTPM and deletes the folder: the namespace is gone. A crash in between leaves a folder that Reconcile ends.
+func (s *State) end() error {
+	var errs []error
+	if s.root != nil {
+		errs = append(errs, s.root.Close())
+	}
+	if s.list != nil {
+		errs = append(errs, s.list.Close())
+	}
+	if s.tpm != nil {
+		errs = append(errs, s.tpm.Close())
+	}
+	if s.swtpm != nil {
+		errs = append(errs, s.swtpm.Stop())
+	}
+	errs = append(errs, vtpm.Remove(s.vtpmConfig()), os.RemoveAll(s.dir))
+	return errors.Join(errs...)
+}
+
+// sinceBoot returns the time since boot, suspend included.
+func sinceBoot() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0 // not on Linux; then there are no events either
+	}
+	return time.Duration(ts.Nano())
+}

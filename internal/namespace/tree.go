@@ -1,0 +1,338 @@
+// Package namespace keeps the tree of mount namespaces and, for each, the State that ends with it: policy, measurement list,
+// vTPM. It turns what the kernel side saw into entries of the lists of a namespace and of all its ancestors, each by its own
+// policy.
+//
+// Call New, then Start once with what is alive; then File, Birth, Death, Move and Losses in the order of the records, from one
+// goroutine; List and Find from any. Close lets go of everything and ends nothing: lists and vTPMs are there again at the next
+// Start of the same boot.
+//
+// # What is promised
+//
+// A record is through when its Pending is done: its entries are in the logs of all lists concerned, or a violation says why not.
+// A namespace's folder is made before its list begins and removed after its vTPM has ended. Two namespaces are never mixed:
+// everything is keyed by the kernel's unique id.
+package namespace
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sort"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"imans.dev/imans-agent/internal/digest"
+	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/loader"
+	"imans.dev/imans-agent/internal/measure"
+	"imans.dev/imans-agent/internal/policy"
+)
+
+// Config says how namespaces are kept.
+type Config struct {
+	Dir          string // state of this boot; absolute
+	RunDir       string // sockets; absolute
+	NativePolicy *policy.Policy
+	NSPolicy     *policy.Policy // that new namespaces start with
+	NativeTPM    measure.TPM    // nil: the native list is not anchored
+	NativePCR    int
+	Swtpm        string // program; "": lists of namespaces are not anchored
+	Template     string
+	Algo         ima.HashAlgo
+	Kernel       *loader.Kernel
+	Log          *zap.Logger
+}
+
+// Tree is the tree of mount namespaces.
+type Tree struct {
+	config Config
+	log    *zap.Logger
+	store  *measure.Store
+	cache  *digest.Cache
+	bootAt time.Time // the wall clock's reading at boot, by today's clock
+
+	mu         sync.Mutex // guards what follows, and each State's fields that say so
+	native     *State
+	states     map[uint64]*State // by unique id
+	generation uint64            // of policies; never reused within a boot
+	recorded   map[loader.LossKey]uint64
+	losses     map[event.Loss]uint64 // of the agent's side, since its start
+	events     uint64
+}
+
+// cacheSize is how many digests are kept: at about 200 bytes each.
+const cacheSize = 65536
+
+// New makes an empty tree.
+func New(c Config) *Tree {
+	boot := sinceBoot()
+	return &Tree{
+		config: c, log: c.Log, store: measure.NewStore(), cache: digest.NewCache(cacheSize),
+		bootAt: time.Now().Add(-boot), states: make(map[uint64]*State), generation: uint64(boot),
+		recorded: make(map[loader.LossKey]uint64), losses: make(map[event.Loss]uint64),
+	}
+}
+
+// Start fills the tree: the native namespace, which is that of process 1; those whose state an earlier agent of this boot left;
+// those that the kernel side knows. Parents are the kernel side's, else what process ancestry tells, else the native one.
+func (t *Tree) Start(ctx context.Context) error {
+	tasks, err := t.config.Kernel.Tasks()
+	if err != nil {
+		return err
+	}
+	registered, err := t.config.Kernel.Registered()
+	if err != nil {
+		return err
+	}
+	native := initNamespace(tasks)
+	if native.IsZero() {
+		return errors.New("find the native namespace: process 1 is not to be seen; run in the host's pid namespace")
+	}
+	if err := t.startNative(ctx, native); err != nil {
+		return err
+	}
+	left, err := leftStates(t.nsDir())
+	if err != nil {
+		return err
+	}
+	parents := ancestry(tasks)
+	for ns, parent := range registered {
+		if !parent.IsZero() {
+			parents[ns] = parent
+		} else if _, ok := parents[ns]; !ok {
+			parents[ns] = native
+		}
+	}
+	for ns, parent := range left {
+		if known, ok := parents[ns]; !ok || known == native {
+			parents[ns] = parent
+		}
+	}
+	delete(parents, native)
+	for _, ns := range topDown(parents, native) {
+		s := t.add(ns, t.lookup(parents[ns]), "present at start")
+		if _, ok := left[ns]; ok {
+			if err := s.open(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	return t.publish(t.native)
+}
+
+// startNative opens the native list and counts the losses that it tells of.
+func (t *Tree) startNative(ctx context.Context, ns event.MountNS) error {
+	dir := filepath.Join(t.config.Dir, "native")
+	if err := durable.Mkdir(dir); err != nil {
+		return err
+	}
+	s := &State{tree: t, ns: ns, dir: dir, policy: t.config.NativePolicy, pcr: t.config.NativePCR, born: t.bootAt, origin: "native"}
+	if err := s.openList(ctx, t.config.NativeTPM); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	t.native, t.states[ns.ID] = s, s
+	t.mu.Unlock()
+	if t.config.Kernel.Origin() != loader.Adopted {
+		return nil // the counters began anew
+	}
+	return t.readRecordedLosses(s.list)
+}
+
+func (t *Tree) nsDir() string { return filepath.Join(t.config.Dir, "ns") }
+
+// initNamespace returns the mount namespace of process 1 of the initial pid namespace.
+func initNamespace(tasks []event.Task) event.MountNS {
+	for _, task := range tasks {
+		if task.Process.PID == 1 {
+			return task.NS
+		}
+	}
+	return event.MountNS{}
+}
+
+// ancestry guesses parents from processes: a namespace's parent is that of its oldest process's parent, if that is another.
+func ancestry(tasks []event.Task) map[event.MountNS]event.MountNS {
+	oldest := make(map[event.MountNS]event.Task)
+	for _, task := range tasks {
+		o, ok := oldest[task.NS]
+		if task.ParentNS != task.NS && !task.ParentNS.IsZero() && (!ok || task.Process.Start < o.Process.Start) {
+			oldest[task.NS] = task
+		}
+	}
+	parents := make(map[event.MountNS]event.MountNS, len(oldest))
+	for ns, task := range oldest {
+		parents[ns] = task.ParentNS
+	}
+	return parents
+}
+
+// topDown orders namespaces so that each comes after its parent. One whose parents lead nowhere, or in a circle, becomes a child
+// of the native one.
+func topDown(parents map[event.MountNS]event.MountNS, native event.MountNS) []event.MountNS {
+	depth := func(ns event.MountNS) int {
+		n := 1
+		for p := parents[ns]; p != native; p = parents[p] {
+			if _, ok := parents[p]; !ok || n > len(parents) {
+				parents[ns] = native
+				return 1
+			}
+			n++
+		}
+		return n
+	}
+	var order []event.MountNS
+	depths := make(map[event.MountNS]int)
+	for ns := range parents {
+		order = append(order, ns)
+	}
+	sort.Slice(order, func(i, j int) bool { return order[i].ID < order[j].ID })
+	for _, ns := range order {
+		depths[ns] = depth(ns)
+	}
+	sort.SliceStable(order, func(i, j int) bool { return depths[order[i]] < depths[order[j]] })
+	return order
+}
+
+// lookup returns a namespace's state, or the native one if it is not known.
+func (t *Tree) lookup(ns event.MountNS) *State {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s, ok := t.states[ns.ID]; ok {
+		return s
+	}
+	return t.native
+}
+
+func (t *Tree) known(ns event.MountNS) (*State, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s, ok := t.states[ns.ID]
+	return s, ok
+}
+
+// add makes the state of a namespace. Its list and vTPM come with its first entry.
+func (t *Tree) add(ns event.MountNS, parent *State, origin string) *State {
+	s := &State{
+		tree: t, ns: ns, parent: parent, policy: t.config.NSPolicy, pcr: ima.DefaultPCR, born: time.Now(), origin: origin,
+		dir: filepath.Join(t.nsDir(), fmt.Sprintf("%d-%d", ns.Inum, ns.ID)),
+	}
+	t.mu.Lock()
+	t.states[ns.ID] = s
+	parent.children = append(parent.children, s)
+	t.mu.Unlock()
+	return s
+}
+
+// Birth adds a namespace.
+func (t *Tree) Birth(b *event.Birth) error {
+	if _, ok := t.known(b.NS); ok {
+		return nil // seen by Start already
+	}
+	s := t.add(b.NS, t.lookup(b.Parent), "born")
+	s.leader = event.Process{TGID: b.Creator}
+	t.log.Debug("namespace born", zap.Stringer("ns", b.NS), zap.Stringer("parent", s.parent.ns))
+	return t.publish(s)
+}
+
+// Move counts who enters a namespace from outside.
+func (t *Tree) Move(m *event.Move) {
+	s, ok := t.known(m.NS)
+	if !ok || m.From == s.parentNS() && time.Since(s.born) < time.Second {
+		return // the creator entering what it made
+	}
+	t.mu.Lock()
+	s.entered++
+	t.mu.Unlock()
+}
+
+// Death ends a namespace: its vTPM, its list and its folder go, its children become its parent's.
+func (t *Tree) Death(ns event.MountNS) error {
+	s, ok := t.known(ns)
+	if !ok || s == t.native {
+		return nil
+	}
+	t.mu.Lock()
+	delete(t.states, ns.ID)
+	parent := s.parent
+	parent.children = remove(parent.children, s)
+	for _, c := range s.children {
+		c.parent = parent
+		parent.children = append(parent.children, c)
+	}
+	orphans := s.children
+	t.mu.Unlock()
+	var errs []error
+	for _, c := range orphans {
+		errs = append(errs, c.record(), t.publish(c))
+	}
+	errs = append(errs, s.end(), t.config.Kernel.ForgetNamespace(ns))
+	t.log.Debug("namespace ended", zap.Stringer("ns", ns))
+	return errors.Join(errs...)
+}
+
+// Reconcile ends the states of namespaces that the kernel side does not know any more: their deaths came while no agent ran and
+// there was no room to tell.
+func (t *Tree) Reconcile() error {
+	registered, err := t.config.Kernel.Registered()
+	if err != nil {
+		return err
+	}
+	t.mu.Lock()
+	var gone []event.MountNS
+	for _, s := range t.states {
+		if _, ok := registered[s.ns]; !ok && s != t.native {
+			gone = append(gone, s.ns)
+		}
+	}
+	t.mu.Unlock()
+	var errs []error
+	for _, ns := range gone {
+		errs = append(errs, t.Death(ns))
+	}
+	return errors.Join(errs...)
+}
+
+// publish gives a namespace and all below it a new generation of policies, and tells the kernel side.
+func (t *Tree) publish(s *State) error {
+	t.mu.Lock()
+	t.generation++
+	s.generation = t.generation
+	ids := false
+	for n := s; n != nil; n = n.parent {
+		ids = ids || n.policy.NamesIDs()
+	}
+	children := append([]*State(nil), s.children...)
+	t.mu.Unlock()
+	errs := []error{t.config.Kernel.SetPolicy(s.ns, s.parentNS(), s.generation, !ids)}
+	for _, c := range children {
+		errs = append(errs, t.publish(c))
+	}
+	return errors.Join(errs...)
+}
+
+// Close lets go of all lists and vTPMs without ending any.
+func (t *Tree) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var errs []error
+	for _, s := range t.states {
+		errs = append(errs, s.close())
+	}
+	return errors.Join(errs...)
+}
+
+func remove(states []*State, s *State) []*State {
+	kept := states[:0]
+	for _, c := range states {
+		if c != s {
+			kept = append(kept, c)
+		}
+	}
+	return kept
+}

@@ -1,0 +1,85 @@
+package policy
+
+import (
+	"fmt"
+	"strings"
+
+	"imans.dev/imans-agent/internal/ima"
+)
+
+// String prints the rules as the kernel's policy file does, one a line, each with a space before its newline.
+func (p *Policy) String() string {
+	var b strings.Builder
+	for _, r := range p.rules {
+		b.WriteString(r.String())
+	}
+	return b.String()
+}
+
+// String prints the rule as the kernel does, newline included. Source: ima_policy.c, ima_policy_show.
+func (r *Rule) String() string {
+	var b strings.Builder
+	b.WriteString(r.Action.String() + " ")
+	put := func(f flag, format string, args ...any) {
+		if r.has(f) {
+			fmt.Fprintf(&b, format+" ", args...)
+		}
+	}
+	put(flagFunc, "func=%v", r.Func)
+	put(flagMask, "mask=%s", maskName(r.mask))
+	put(flagInMask, "mask=^%s", maskName(r.mask))
+	put(flagFSMagic, "fsmagic=0x%x", r.fsMagic)
+	put(flagFSName, "fsname=%s", r.fsName)
+	put(flagKeyrings, "keyrings=%s", strings.Join(r.keyrings, "|"))
+	put(flagLabel, "label=%s", strings.Join(r.labels, "|"))
+	put(flagPCR, "pcr=%d", r.pcr)
+	u := r.fsUUID
+	put(flagFSUUID, "fsuuid=%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
+	put(flagUID, "uid%v", r.uid)
+	put(flagEUID, "euid%v", r.uid)
+	put(flagGID, "gid%v", r.gid)
+	put(flagEGID, "egid%v", r.gid)
+	put(flagFOwner, "fowner%v", r.fowner)
+	put(flagFGroup, "fgroup%v", r.fgroup)
+	put(flagAlgos, "appraise_algos=%s", joinAlgos(r.algos))
+	for i, label := range r.lsm {
+		if label != "" {
+			fmt.Fprintf(&b, "%s=%s ", labelNames[i], label)
+		}
+	}
+	if r.template != "" {
+		fmt.Fprintf(&b, "template=%s ", r.template)
+	}
+	switch {
+	case r.has(flagVerity):
+		put(flagDigsig, "appraise_type=sigv3")
+	case r.has(flagModsig):
+		put(flagModsig, "appraise_type=imasig|modsig")
+	default:
+		put(flagDigsig, "appraise_type=imasig")
+	}
+	put(flagVerity, "digest_type=verity")
+	put(flagDirectIO, "permit_directio")
+	return b.String() + "\n"
+}
+
+// String is the operator and the id; the kernel prints ids as signed numbers, and so reads back none above 2147483647: here
+// they are unsigned.
+func (c idCondition) String() string { return fmt.Sprintf("%c%d", c.op, c.id) }
+
+func maskName(m ima.Mask) string {
+	for _, n := range maskNames {
+		if n.mask == m {
+			return n.name
+		}
+	}
+	return ""
+}
+
+func joinAlgos(algos []ima.HashAlgo) string {
+	var names []string
+	for _, a := range algos {
+		names = append(names, a.String())
+	}
+	return strings.Join(names, ",")
+}

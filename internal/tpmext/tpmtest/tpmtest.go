@@ -1,0 +1,83 @@
+// Package tpmtest runs swtpm for tests. It is the only TPM double that tests may use: no answer of a TPM is made up.
+package tpmtest
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// Swtpm is a running swtpm with a state folder of its own. It is killed at the end of the test.
+type Swtpm struct {
+	Dir    string // its working folder: state, sockets
+	Socket string // path of the data socket
+	t      testing.TB
+	cmd    *exec.Cmd
+	output bytes.Buffer
+	exited chan struct{}
+}
+
+// Start runs a new swtpm, started up by TPM2_Startup(CLEAR).
+func Start(t testing.TB) *Swtpm {
+	t.Helper()
+	return StartFlags(t, "not-need-init,startup-clear")
+}
+
+// StartFlags is Start with other --flags, such as "not-need-init" for a TPM that nobody has started up.
+func StartFlags(t testing.TB, flags string) *Swtpm {
+	t.Helper()
+	if _, err := exec.LookPath("swtpm"); err != nil {
+		t.Fatalf("%v; install the package swtpm", err)
+	}
+	dir := t.TempDir()
+	s := &Swtpm{Dir: dir, Socket: filepath.Join(dir, "tpm"), t: t}
+	s.Run(flags)
+	t.Cleanup(s.Kill)
+	return s
+}
+
+// Address returns the address for tpmext.Open.
+func (s *Swtpm) Address() string { return "unix:" + s.Socket }
+
+// Run starts swtpm on the state that an earlier one left, which Kill has ended.
+func (s *Swtpm) Run(flags string) {
+	s.t.Helper()
+	os.Remove(s.Socket)
+	// Relative paths: a socket's address has room for 107 bytes only, and test folders have long names.
+	s.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+s.Dir, "--server", "type=unixio,path=tpm",
+		"--ctrl", "type=unixio,path=tpm.ctrl", "--flags", flags)
+	s.cmd.Dir = s.Dir
+	s.cmd.Stdout, s.cmd.Stderr = &s.output, &s.output
+	if err := s.cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	cmd, exited := s.cmd, make(chan struct{})
+	s.exited = exited
+	go func() {
+		cmd.Wait()
+		close(exited)
+	}()
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		if _, err := os.Stat(s.Socket); err == nil {
+			return
+		}
+		select {
+		case <-exited:
+			s.t.Fatalf("swtpm ended: %s", s.output.String())
+		default:
+		}
+		if time.Now().After(deadline) {
+			s.Kill()
+			s.t.Fatalf("swtpm made no socket: %s", s.output.String())
+		}
+	}
+}
+
+// Kill ends swtpm at once, as a crash would: what its PCRs held is gone. A second Kill does nothing.
+func (s *Swtpm) Kill() {
+	s.cmd.Process.Kill()
+	<-s.exited
+}

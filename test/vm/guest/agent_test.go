@@ -1,0 +1,294 @@
+//go:build vm
+
+package guest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"imans.dev/imans-agent/internal/control"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/imalog"
+)
+
+// program is the agent as users run it.
+const program = "/payload/imans-agent"
+
+// nativePCR is free on the matrix's kernels: their own IMA extends its boot_aggregate into PCR 10.
+const nativePCR = "11"
+
+// execPolicy measures what runs.
+const execPolicy = "measure func=BPRM_CHECK mask=MAY_EXEC\nmeasure func=MMAP_CHECK mask=MAY_EXEC\n"
+
+// agent is one running imans-agent with folders of its own.
+type agent struct {
+	t      *testing.T
+	dir    string
+	args   []string
+	cmd    *exec.Cmd
+	log    *bytes.Buffer
+	exited chan struct{}
+}
+
+// newAgent prepares an agent that is not running yet. Whatever happens, it and its kernel side are gone when the test ends.
+func newAgent(t *testing.T, args ...string) *agent {
+	t.Helper()
+	dir, err := os.MkdirTemp("/root", "agent")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &agent{t: t, dir: dir}
+	a.args = append([]string{"--pcr", nativePCR}, args...)
+	if !contains(args, "--policy") {
+		a.args = append(a.args, "--policy", a.write("policy", execPolicy))
+	}
+	t.Cleanup(a.cleanup)
+	return a
+}
+
+func contains(list []string, s string) bool {
+	for _, x := range list {
+		if x == s {
+			return true
+		}
+	}
+	return false
+}
+
+// startAgent starts an agent and waits until it measures.
+func startAgent(t *testing.T, args ...string) *agent {
+	t.Helper()
+	a := newAgent(t, args...)
+	a.start()
+	return a
+}
+
+// write makes a file in the agent's folder.
+func (a *agent) write(name, content string) string {
+	path := filepath.Join(a.dir, name)
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		a.t.Fatal(err)
+	}
+	return path
+}
+
+func (a *agent) folders() []string {
+	return []string{"--state-dir", a.dir + "/state", "--run-dir", a.dir + "/run", "--pin-dir", "/sys/fs/bpf/" + filepath.Base(a.dir)}
+}
+
+// launch starts the process; whether it gets anywhere is not waited for.
+func (a *agent) launch() {
+	a.t.Helper()
+	a.log = &bytes.Buffer{}
+	a.cmd = exec.Command(program, append(a.folders(), a.args...)...)
+	a.cmd.Stdout, a.cmd.Stderr = a.log, a.log
+	if err := a.cmd.Start(); err != nil {
+		a.t.Fatal(err)
+	}
+	exited, cmd := make(chan struct{}), a.cmd
+	a.exited = exited
+	go func() { cmd.Wait(); close(exited) }()
+}
+
+func (a *agent) start() {
+	a.t.Helper()
+	a.launch()
+	deadline := time.Now().Add(60 * time.Second)
+	for {
+		if _, err := a.client().Status(a.t.Context()); err == nil {
+			return
+		}
+		select {
+		case <-a.exited:
+			a.t.Fatalf("the agent ended: %s", a.log)
+		case <-time.After(20 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			a.t.Fatalf("the agent does not answer: %s", a.log)
+		}
+	}
+}
+
+// signal ends the process.
+func (a *agent) signal(s syscall.Signal) {
+	a.t.Helper()
+	a.cmd.Process.Signal(s)
+	select {
+	case <-a.exited:
+	case <-time.After(60 * time.Second):
+		a.cmd.Process.Kill()
+		a.t.Fatalf("the agent does not end: %s", a.log)
+	}
+}
+
+func (a *agent) cleanup() {
+	if a.cmd != nil {
+		a.cmd.Process.Kill()
+		<-a.exited
+	}
+	args := append([]string{"unload"}, a.folders()...)
+	if out, err := exec.Command(program, args...).CombinedOutput(); err != nil {
+		a.t.Errorf("unload: %v %s", err, out)
+	}
+	if a.t.Failed() && a.log != nil {
+		a.t.Logf("the agent's log:\n%s", tail(a.log.String(), 4000))
+	}
+	os.RemoveAll(a.dir)
+}
+
+func tail(s string, n int) string {
+	if len(s) > n {
+		return "…" + s[len(s)-n:]
+	}
+	return s
+}
+
+func (a *agent) client() *control.Client { return control.NewClient(a.dir + "/run/" + control.SocketName) }
+
+// cli runs a subcommand that asks the agent.
+func (a *agent) cli(args ...string) string {
+	a.t.Helper()
+	out, err := exec.Command(program, append(args, "--run-dir", a.dir+"/run")...).CombinedOutput()
+	if err != nil {
+		a.t.Fatalf("imans-agent %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// list returns a namespace's list.
+func (a *agent) list(name string) []*imalog.Entry {
+	a.t.Helper()
+	body, err := a.client().Measurements(a.t.Context(), name, "binary", "sha1", false)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	defer body.Close()
+	return readList(a.t, body)
+}
+
+func readList(t *testing.T, r io.Reader) []*imalog.Entry {
+	t.Helper()
+	reader := imalog.NewReader(r, ima.SHA1)
+	var entries []*imalog.Entry
+	for {
+		e, err := reader.Next()
+		if err == io.EOF {
+			return entries
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		entries = append(entries, e)
+	}
+}
+
+// names counts the names of a list's entries, violations apart.
+func names(entries []*imalog.Entry) (measured, violations map[string]int) {
+	measured, violations = map[string]int{}, map[string]int{}
+	for _, e := range entries {
+		if e.Violation() {
+			violations[e.Name()]++
+		} else {
+			measured[e.Name()]++
+		}
+	}
+	return measured, violations
+}
+
+// namespaces returns all namespaces by inode number.
+func (a *agent) namespaces() map[uint32]control.Namespace {
+	a.t.Helper()
+	list, err := a.client().Namespaces(a.t.Context())
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	byInum := map[uint32]control.Namespace{}
+	for _, n := range list {
+		byInum[n.Inum] = n
+	}
+	return byInum
+}
+
+// settled waits until a namespace's list is in its TPM, and returns the namespace.
+func (a *agent) settled(name string) control.Namespace {
+	a.t.Helper()
+	for deadline := time.Now().Add(60 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		n, err := a.client().Namespace(a.t.Context(), name)
+		if err != nil {
+			a.t.Fatal(err)
+		}
+		if n.Entries > 0 && n.Extended == n.Entries {
+			return n
+		}
+		if time.Now().After(deadline) {
+			a.t.Fatalf("namespace %s: %d of %d entries extended: %s", name, n.Extended, n.Entries, n.Trouble)
+		}
+	}
+}
+
+// mountNS returns the inode number of a process's mount namespace.
+func mountNS(t *testing.T, pid int) uint32 {
+	t.Helper()
+	link, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var inum uint32
+	if _, err := fmt.Sscanf(link, "mnt:[%d]", &inum); err != nil {
+		t.Fatal(err)
+	}
+	return inum
+}
+
+// sh runs a line of shell and returns its output.
+func sh(t *testing.T, line string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "/bin/bash", "-c", line).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", line, err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// exits runs a command and returns its exit status and output.
+func exits(t *testing.T, name string, args ...string) (int, string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatalf("%s: %v", name, err)
+	}
+	if exit != nil {
+		return exit.ExitCode(), string(out)
+	}
+	return 0, string(out)
+}
+
+func fromJSON(t *testing.T, text string, v any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), v); err != nil {
+		t.Fatalf("%v: %s", err, text)
+	}
+}
+
+// soak returns the full size where IMANS_SOAK is set, else the everyday one.
+func soak(everyday, full int) int {
+	if os.Getenv("IMANS_SOAK") != "" {
+		return full
+	}
+	return everyday
+}

@@ -1,0 +1,264 @@
+//go:build vm
+
+package guest
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"imans.dev/imans-agent/internal/ima"
+)
+
+// What runs in a namespace is in its list and its ancestors', each by its own policy, and in nobody else's.
+func TestMainJobTwoContainers(t *testing.T) {
+	a := newAgent(t)
+	// Children don't name what user 1234 owns; the native policy does.
+	a.args = append(a.args, "--ns-policy", a.write("ns-policy", "dont_measure fowner=1234\n"+execPolicy))
+	a.start()
+	program := func(name string) func(string) {
+		return func(root string) {
+			makeProgram(t, filepath.Join(root, "bin", name))
+			makeProgram(t, filepath.Join(root, "bin", "parent-only"))
+			if err := os.Chown(filepath.Join(root, "bin", "parent-only"), 1234, 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(root, "bin", "shared"), tinyProgram("the same in both"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	one := startContainer(t, "one", "/bin/only-one; /bin/shared; /bin/parent-only; unshare -m /bin/nested", func(root string) {
+		program("only-one")(root)
+		makeProgram(t, filepath.Join(root, "bin", "nested"))
+	})
+	two := startContainer(t, "two", "/bin/only-two; /bin/shared; /bin/parent-only", program("only-two"))
+
+	want := []struct {
+		file                 string
+		native, inOne, inTwo int
+	}{
+		{"/bin/only-one", 1, 1, 0},
+		{"/bin/only-two", 1, 0, 1},
+		{"/bin/shared", 1, 1, 1},
+		{"/bin/parent-only", 2, 0, 0}, // two files: each has its own path's text in it
+		{"/bin/nested", 1, 1, 0},
+		{"/bin/busybox", 1, 1, 1},
+	}
+	native, _ := names(a.list("native"))
+	inOne, _ := names(a.list(one.ns()))
+	inTwo, _ := names(a.list(two.ns()))
+	for _, w := range want {
+		if native[w.file] != w.native || inOne[w.file] != w.inOne || inTwo[w.file] != w.inTwo {
+			t.Errorf("%s: native %d, one %d, two %d; want %+v", w.file, native[w.file], inOne[w.file], inTwo[w.file], w)
+		}
+	}
+	for _, c := range []*container{one, two} {
+		n := a.settled(c.ns())
+		if n.Parent != a.settled("native").Inum2Name() || n.Violations != 0 {
+			t.Errorf("container %s: %+v", c.id, n)
+		}
+		a.verifyEverywhere(c.ns())
+	}
+	a.verifyEverywhere("native")
+	inum := mountNS(t, one.pid)
+	socket := strings.TrimPrefix(a.settled(one.ns()).TPM, "unix:")
+	one.stop()
+	a.awaitGone(inum)
+	if _, err := os.Stat(socket); err == nil {
+		t.Errorf("the vTPM's socket %s outlived its namespace", socket)
+	}
+	if entries, _ := filepath.Glob(a.dir + "/state/boots/*/ns/" + fmt.Sprint(inum) + "-*"); len(entries) > 0 {
+		t.Errorf("state outlived its namespace: %v", entries)
+	}
+}
+
+// A program run at depth d is in the lists of d and of all above it, of none below.
+func TestMainJobDepth32(t *testing.T) {
+	const depth = 32
+	a := startAgent(t)
+	dir := tempDir(t, "/root")
+	for d := 1; d <= depth; d++ {
+		makeProgram(t, fmt.Sprintf("%s/at-%d", dir, d))
+	}
+	script := filepath.Join(dir, "down")
+	err := os.WriteFile(script, []byte(fmt.Sprintf(`#!/bin/bash
+readlink /proc/self/ns/mnt >%[1]s/ns-$1
+%[1]s/at-$1
+if [ $1 = %[2]d ]; then : >%[1]s/bottom; else unshare -m %[1]s/down $(($1 + 1)) & fi
+while [ ! -e %[1]s/stop ]; do sleep 1; done
+wait
+`, dir, depth)), 0o755)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("unshare", "-m", script, "1")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { sh(t, ": >"+dir+"/stop"); cmd.Wait() }()
+	sh(t, fmt.Sprintf("for i in $(seq 1200); do [ -e %s/bottom ] && exit 0; sleep 0.1; done; exit 1", dir))
+
+	for at := 1; at <= depth; at++ {
+		inum := strings.Trim(sh(t, fmt.Sprintf("cat %s/ns-%d", dir, at)), "mnt:[]")
+		got, _ := names(a.list(inum))
+		for d := 1; d <= depth; d++ {
+			if in := got[fmt.Sprintf("%s/at-%d", dir, d)] == 1; in != (d >= at) {
+				t.Errorf("the program run at depth %d is in the list of depth %d: %v", d, at, in)
+			}
+		}
+	}
+	native, _ := names(a.list("native"))
+	for d := 1; d <= depth; d++ {
+		if native[fmt.Sprintf("%s/at-%d", dir, d)] != 1 {
+			t.Errorf("the program run at depth %d is not in the native list", d)
+		}
+	}
+	bottom := strings.Trim(sh(t, fmt.Sprintf("cat %s/ns-%d", dir, depth)), "mnt:[]")
+	if n := a.settled(bottom); n.Depth != depth {
+		t.Errorf("the innermost namespace has depth %d", n.Depth)
+	}
+	a.verifyEverywhere(bottom)
+}
+
+// An inode number comes back for the next namespace at once: their lists must never meet.
+func TestMainJobInodeNumberReuse(t *testing.T) {
+	a := startAgent(t)
+	dir := tempDir(t, "/root")
+	seen := map[uint32]int{}
+	reused := 0
+	for i := range 40 {
+		file := fmt.Sprintf("%s/of-%d", dir, i)
+		makeProgram(t, file)
+		cmd := exec.Command("unshare", "-m", "/bin/bash", "-c", file+"; echo up; read line")
+		in, _ := cmd.StdinPipe()
+		out, _ := cmd.StdoutPipe()
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := out.Read(make([]byte, 3)); err != nil {
+			t.Fatal(err)
+		}
+		inum := mountNS(t, cmd.Process.Pid)
+		if _, ok := seen[inum]; ok {
+			reused++
+		}
+		seen[inum] = i
+		got, _ := names(a.list(fmt.Sprint(inum)))
+		for name := range got {
+			if n, err := strconv.Atoi(strings.TrimPrefix(name, dir+"/of-")); err == nil && n != i {
+				t.Errorf("namespace %d with inode number %d has an entry of namespace %d", i, inum, n)
+			}
+		}
+		if got[file] != 1 {
+			t.Errorf("namespace %d lacks its own entry: %v", i, got)
+		}
+		in.Close()
+		cmd.Wait()
+	}
+	if reused == 0 {
+		t.Error("no inode number came back: nothing was shown")
+	}
+}
+
+// Changed content is measured again, unchanged content is not, whoever changes it and however it is reached.
+func TestMainJobChangedContent(t *testing.T) {
+	for _, mode := range []string{"kernel", "agent"} {
+		t.Run(mode, func(t *testing.T) {
+			a := startAgent(t, "--digest", mode)
+			base := tempDir(t, "/root")
+			tmpfs := tempDir(t, "/tmp")
+			sh(t, fmt.Sprintf("cd %s && mkdir lower upper work merged && : >lower/empty && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay merged", base))
+			t.Cleanup(func() { exec.Command("umount", base+"/merged").Run() })
+			makeProgram(t, base+"/lower/below")
+			for _, file := range []string{base + "/plain", tmpfs + "/plain", base + "/merged/below", base + "/merged/above"} {
+				if !strings.HasSuffix(file, "below") {
+					makeProgram(t, file)
+				}
+				var want []string
+				for version := range 3 {
+					if version > 0 {
+						sh(t, fmt.Sprintf("sleep 0.05; printf v%d >>%s; sleep 0.05", version, file))
+					}
+					for range 3 {
+						runProgram(t, file)
+					}
+					want = append(want, "sha256:"+strings.Fields(sh(t, "sha256sum "+file))[0])
+				}
+				var got []string
+				for _, e := range a.list("native") {
+					if e.Name() == file {
+						got = append(got, e.FileDigest().String())
+					}
+				}
+				if fmt.Sprint(got) != fmt.Sprint(want) {
+					t.Errorf("%s: entries %v, want %v", file, got, want)
+				}
+			}
+		})
+	}
+}
+
+// Content without a name: memfd, deleted files; and a mapping made executable afterwards.
+func TestMainJobOddContent(t *testing.T) {
+	for _, mode := range []string{"kernel", "agent"} {
+		t.Run(mode, func(t *testing.T) {
+			a := startAgent(t, "--digest", mode)
+			dir := tempDir(t, "/root")
+			makeProgram(t, dir+"/deleted")
+			sh(t, fmt.Sprintf(`exec 9<%s/deleted; rm %s/deleted; /proc/self/fd/9`, dir, dir))
+			memfdDigest := runMemfd(t)
+			mapped := dir + "/mapped"
+			makeProgram(t, mapped)
+			mapExecutableLater(t, mapped)
+
+			measured, violations := map[string]string{}, map[string]bool{}
+			for _, e := range a.list("native") {
+				if e.Violation() {
+					violations[e.Name()] = true
+				} else {
+					measured[e.Name()] = e.FileDigest().String()
+				}
+			}
+			if measured["memfd:odd"] != memfdDigest && !(mode == "agent" && violations["memfd:odd"]) {
+				t.Errorf("memfd: %q, want %s", measured["memfd:odd"], memfdDigest)
+			}
+			if measured[dir+"/deleted"] == "" && !(mode == "agent" && violations[dir+"/deleted"]) {
+				t.Errorf("a deleted file left no entry: %v %v", measured, violations)
+			}
+			if measured[mapped] == "" {
+				t.Errorf("a mapping made executable left no entry: %v", violations)
+			}
+		})
+	}
+}
+
+// Lists verify with our own tool against the TPM, and with evmctl.
+func (a *agent) verifyEverywhere(ns string) {
+	a.t.Helper()
+	n := a.settled(ns)
+	list := filepath.Join(a.dir, "list-"+n.Name())
+	a.cliToFile(list, "measurements", ns, "--format", "binary")
+	address := n.TPM
+	if address == "" {
+		address = "/dev/tpmrm0"
+	} else {
+		a.signalFree(n)
+	}
+	pcrs := filepath.Join(a.dir, "pcrs")
+	status, out := exits(a.t, program, "verify", list, "--ns", n.Name(), "--run-dir", a.dir+"/run", "--save-pcrs", pcrs)
+	if status != 0 {
+		a.t.Errorf("verify %s: exit status %d\n%s", ns, status, out)
+	}
+	status, out = exits(a.t, "evmctl", "ima_measurement", "--pcrs", "sha256,"+pcrs, list)
+	if status != 0 {
+		a.t.Errorf("evmctl %s against %s: exit status %d\n%s", ns, address, status, out)
+	}
+	if _, ok := ima.HashAlgoByName("sha256"); !ok {
+		a.t.Fatal("no sha256")
+	}
+}

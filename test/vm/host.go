@@ -1,0 +1,76 @@
+package vm
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+)
+
+// tool is a program of the host and the Debian package that has it.
+type tool struct{ program, debian string }
+
+func hostTools() []tool {
+	return []tool{
+		{"qemu-system-x86_64", "qemu-system-x86"},
+		{"swtpm", "swtpm"},
+		{"mmdebstrap", "mmdebstrap"},
+		{"mke2fs", "e2fsprogs"},
+		{"depmod", "kmod"},
+		{"xz", "xz-utils"},
+		{"zstd", "zstd"},
+		{"dpkg-deb", "dpkg"},
+		{"apt-get", "apt"},
+	}
+}
+
+// Missing tells what this host lacks for running machines, with what to do; nil when nothing is missing.
+func Missing() error {
+	if runtime.GOOS != "linux" || runtime.GOARCH != "amd64" {
+		return fmt.Errorf("virtual machines want a linux/amd64 host, this is %s/%s", runtime.GOOS, runtime.GOARCH)
+	}
+	tools := hostTools()
+	if os.Geteuid() != 0 {
+		tools = append(tools, tool{"fakeroot", "fakeroot"})
+	}
+	var programs, packages []string
+	for _, t := range tools {
+		if _, err := exec.LookPath(t.program); err != nil {
+			programs, packages = append(programs, t.program), append(packages, t.debian)
+		}
+	}
+	if programs == nil {
+		return nil
+	}
+	return fmt.Errorf("virtual machines want %s; run: apt-get install %s",
+		strings.Join(programs, ", "), strings.Join(packages, " "))
+}
+
+// haveKVM reports whether this process may use KVM.
+func haveKVM() bool {
+	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		return false
+	}
+	f.Close()
+	return true
+}
+
+// tieToUs puts the command into a process group of its own, which the command's cancellation kills whole, and has the
+// kernel kill it if this process dies without a chance to.
+func tieToUs(cmd *exec.Cmd) {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+}
+
+// lastLines returns at most n last lines of s.
+func lastLines(s string, n int) string {
+	s = strings.TrimRight(s, "\r\n\t ")
+	at := len(s)
+	for ; n > 0 && at >= 0; n-- {
+		at = strings.LastIndexByte(s[:at], '\n')
+	}
+	return s[at+1:]
+}

@@ -1,0 +1,29 @@
+package main
+
+// layers is the import table of docs and design: a package imports only from layers above its own in this list (that is,
+// lower ones), never sideways. A new package is added here; an exception needs an architecture decision record.
+func layers() [][]string {
+	return [][]string{
+		{"ima"},
+		{"event", "policy", "imalog", "durable", "feature"},
+		{"loader", "digest", "tpmext", "verify"},
+		{"measure", "appraise", "vtpm"},
+		{"namespace"},
+		{"imafs", "container", "attest"},
+		{"control"},
+		{"agent"},
+	}
+}
+
+// restricted names modules that only some of our packages may import.
+func restricted() map[string][]string {
+	return map[string][]string{
+		"github.com/cilium/ebpf": {"loader", "feature"},
+	}
+}
+
+// hubs may import more than ownImports of our packages.
+func hubs() []string { return []string{"agent"} }
+
+// ownImports is how many of our own packages one package may import.
+const ownImports = 8
