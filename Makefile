@@ -47,7 +47,7 @@ test: lint test-unit generated test-vm ## run every check: lint, unit tests, gen
 
 .PHONY: test-unit
 test-unit: ## run the unit tests, with the race detector where there is a C compiler
-	@$(DEPS) go test
+	@$(DEPS) go test $(if $(IMANS_REQUIRE_VM),vm)
 	@if type -P gcc >/dev/null; then race=-race CGO_ENABLED=1; else race= CGO_ENABLED=0; echo "no gcc: without the race detector"; fi
 	export CGO_ENABLED; set -x; go test $$race $(if $(RUN),-run '$(RUN)') ./...
 

@@ -81,7 +81,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
 	})
-	root.AddCommand(newDoctor(), newNS(), newMeasurements(), newPolicy(), newUnload())
+	root.AddCommand(newDoctor(), newNS(), newMeasurements(), newPolicy(), newVerify(), newUnload())
 	return root
 }
 

@@ -44,9 +44,10 @@ func (n Namespace) Name() string { return fmt.Sprintf("%d:%d", n.Inum, n.ID) }
 type Status struct {
 	Namespaces int               `json:"namespaces"`
 	Events     uint64            `json:"events"`
-	Entries    int               `json:"entries"` // different ones, however many lists hold them
-	Hashed     uint64            `json:"hashed"`  // files read by the agent
-	Losses     map[string]uint64 `json:"losses"`
+	Entries    int               `json:"entries"`    // different ones, however many lists hold them
+	Hashed     uint64            `json:"hashed"`     // files read by the agent
+	Lost       map[string]uint64 `json:"lost"`       // events lost before they reached the agent, since the programs were loaded
+	Violations map[string]uint64 `json:"violations"` // events that the agent could not measure, by reason
 }
 
 // PCRs is one register in each bank.
@@ -111,7 +112,12 @@ func cgroupName(pid uint32) string {
 }
 
 func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
-	s.reply(w, Status(s.tree.Counters()))
+	counters, err := s.tree.Counters()
+	if err != nil {
+		s.fail(w, http.StatusServiceUnavailable, err)
+		return
+	}
+	s.reply(w, Status(counters))
 }
 
 func (s *Server) namespaces(w http.ResponseWriter, _ *http.Request) {

@@ -53,8 +53,8 @@ func newEntry(pcr int, templateName string, v *FieldValues, violation bool) (*En
 	if v.Name == "" || strings.IndexByte(v.Name, 0) >= 0 {
 		return nil, fmt.Errorf("make entry of %q: a name must have at least a byte and no zero", v.Name)
 	}
-	if pcr < 0 || pcr > maxPCR {
-		return nil, fmt.Errorf("make entry of %q: PCR %d is not one of 0 to %d", v.Name, pcr, maxPCR)
+	if pcr < 0 || pcr > MaxPCR {
+		return nil, fmt.Errorf("make entry of %q: PCR %d is not one of 0 to %d", v.Name, pcr, MaxPCR)
 	}
 	if !violation {
 		if err := t.checkAlgo(v.Digest.Algo()); err != nil {

@@ -75,6 +75,11 @@ func (r *Reader) StoredDigest() ima.Digest {
 	return d
 }
 
+// AppendStoredDigest appends the bytes of StoredDigest.
+func (r *Reader) AppendStoredDigest(dst []byte) []byte {
+	return append(dst, r.stored[:r.bank.Size()]...)
+}
+
 // Next returns the next entry, io.EOF after the last, a *CorruptError, after which nothing more can be read, or the error of the
 // underlying reader. An entry whose stored template digest is all zero is a violation.
 func (r *Reader) Next() (*Entry, error) {
@@ -109,8 +114,8 @@ func (r *Reader) read(e *Entry) error {
 	if len(b) == 0 && err == errCut {
 		return io.EOF
 	}
-	if len(b) >= 4 && binary.LittleEndian.Uint32(b) > maxPCR {
-		return r.corrupt(fmt.Errorf("PCR %d is not one of 0 to %d", binary.LittleEndian.Uint32(b), maxPCR))
+	if len(b) >= 4 && binary.LittleEndian.Uint32(b) > MaxPCR {
+		return r.corrupt(fmt.Errorf("PCR %d is not one of 0 to %d", binary.LittleEndian.Uint32(b), MaxPCR))
 	}
 	if err != nil {
 		return r.fail(b, err)

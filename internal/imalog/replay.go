@@ -78,10 +78,9 @@ func (b *replayBank) extend(pcr int, sum []byte) {
 		b.pcrs = append(b.pcrs, register{pcr: pcr})
 		v = &b.pcrs[len(b.pcrs)-1]
 	}
-	var buf [2 * ima.MaxDigestSize]byte
-	n := copy(buf[:], v.value[:b.algo.Size()])
-	n += copy(buf[n:], sum)
-	appendSum(v.value[:0], b.algo, buf[:n])
+	var room [2 * ima.MaxDigestSize]byte
+	buf := append(append(room[:0], v.value[:b.algo.Size()]...), sum...)
+	appendSum(v.value[:0], b.algo, buf)
 }
 
 // Value returns a register's value: zero if nothing was extended, none if the bank is not replayed.
@@ -99,6 +98,21 @@ func (r *Replay) Value(pcr int, bank ima.HashAlgo) ima.Digest {
 		return d
 	}
 	return ima.Digest{}
+}
+
+// AppendValue appends the bytes of Value.
+func (r *Replay) AppendValue(dst []byte, pcr int, bank ima.HashAlgo) []byte {
+	for i := range r.banks {
+		b := &r.banks[i]
+		if b.algo != bank {
+			continue
+		}
+		if v := b.find(pcr); v != nil {
+			return append(dst, v.value[:bank.Size()]...)
+		}
+		return appendFill(dst, bank, 0)
+	}
+	return dst
 }
 
 // PCRs returns which registers were extended, in rising order.

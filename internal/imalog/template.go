@@ -25,8 +25,8 @@ const (
 	maxFieldIDLen = 16
 )
 
-// maxPCR is the last register of a TPM that follows the PC Client platform's profile.
-const maxPCR = 23
+// MaxPCR is the last register of a TPM that follows the PC Client platform's profile. No entry has a higher one.
+const MaxPCR = 23
 
 var builtinFormats = map[string]string{
 	IMA:    "d|n",

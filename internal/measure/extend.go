@@ -73,6 +73,9 @@ func (l *List) extendEntry(ctx context.Context, e *imalog.Entry, replay *imalog.
 	replay.Extend(e)
 	err := t.Extend(ctx, e.PCR(), digests)
 	for pause := 10 * time.Millisecond; err != nil; pause = min(2*pause, time.Second) {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		l.trouble(&l.tpmTrouble, err, "the TPM does not extend, waiting; nothing is lost")
 		select {
 		case <-time.After(pause):

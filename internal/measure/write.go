@@ -122,6 +122,14 @@ func (l *List) AwaitEntries(ctx context.Context, n int) error {
 	return l.await(ctx, func() bool { return l.logged > n })
 }
 
+// Settle waits until all that was handed in is in the log and, with a TPM, extended.
+func (l *List) Settle(ctx context.Context) error {
+	l.mu.Lock()
+	n := l.accepted
+	l.mu.Unlock()
+	return Receipt{l, n}.Extended(ctx)
+}
+
 // PCRs returns the list's register in each bank, as the TPM has it now. Without a TPM it is an error.
 func (l *List) PCRs(ctx context.Context) (map[ima.HashAlgo]ima.Digest, error) {
 	if l.config.TPM == nil {

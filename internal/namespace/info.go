@@ -3,7 +3,6 @@ package namespace
 import (
 	"fmt"
 	"sort"
-	"strings"
 	"time"
 
 	"imans.dev/imans-agent/internal/event"
@@ -112,20 +111,29 @@ func (t *Tree) Find(name string) (View, error) {
 type Counters struct {
 	Namespaces int
 	Events     uint64
-	Entries    int    // different ones, however many lists hold them
-	Hashed     uint64 // files read by the agent
-	Losses     map[string]uint64
+	Entries    int               // different ones, however many lists hold them
+	Hashed     uint64            // files read by the agent
+	Lost       map[string]uint64 // by the kernel side, by reason, since the programs were loaded
+	Violations map[string]uint64 // events that could not be measured, by reason
 }
 
 // Counters returns the counters.
-func (t *Tree) Counters() Counters {
+func (t *Tree) Counters() (Counters, error) {
+	lost, err := t.config.Kernel.Losses()
+	if err != nil {
+		return Counters{}, err
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	c := Counters{
-		Namespaces: len(t.states), Events: t.events, Entries: t.store.Len(), Hashed: t.cache.Hashed(), Losses: make(map[string]uint64),
+		Namespaces: len(t.states), Events: t.events, Entries: t.store.Len(), Hashed: t.cache.Hashed(),
+		Lost: make(map[string]uint64), Violations: make(map[string]uint64),
+	}
+	for key, n := range lost {
+		c.Lost[key.Reason.String()] += n
 	}
 	for reason, n := range t.losses {
-		c.Losses[strings.ToLower(reason.String())] = n
+		c.Violations[reason.String()] = n
 	}
-	return c
+	return c, nil
 }

@@ -127,18 +127,19 @@ func (s *State) open(ctx context.Context) error {
 		return s.openList(ctx, nil)
 	}
 	tpm, err := s.openTPM(ctx)
-	switch {
-	case errors.Is(err, vtpm.ErrLost):
-		s.tree.log.Error("a namespace's vTPM is lost, its list is not anchored any more", zap.Stringer("ns", s.ns), zap.Error(err))
-		if err := s.openList(ctx, nil); err != nil {
-			return err
-		}
-		return s.appendViolation(lossName(event.LossVtpmLost, s.ns, 1), event.LossVtpmLost)
-	case err != nil:
-		return fmt.Errorf("namespace %v: %w", s.ns, err)
+	if err == nil {
+		s.tpm = tpm
+		return s.openList(ctx, tpm)
 	}
-	s.tpm = tpm
-	return s.openList(ctx, tpm)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	// Lost, or not to be had: the list goes on without, and says so. The other namespaces are not concerned.
+	s.tree.log.Error("a namespace has no vTPM, its list is not anchored", zap.Stringer("ns", s.ns), zap.Error(err))
+	if err := s.openList(ctx, nil); err != nil {
+		return err
+	}
+	return s.appendViolation(lossName(event.LossVtpmLost, s.ns, 1), event.LossVtpmLost)
 }
 
 // openTPM finds the vTPM of an earlier agent, or starts one where there never was any.

@@ -316,11 +316,19 @@ func (t *Tree) publish(s *State) error {
 	return errors.Join(errs...)
 }
 
-// Close lets go of all lists and vTPMs without ending any.
+// closeTimeout bounds how long Close waits for TPMs: what they did not get, they get at the next Start.
+const closeTimeout = 5 * time.Second
+
+// Close lets go of all lists and vTPMs without ending any. It gives the TPMs a moment to catch up with the lists.
 func (t *Tree) Close() error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
 	var errs []error
+	for _, s := range t.states {
+		if s.list != nil && s.list.Settle(ctx) != nil {
+			t.log.Info("closing a list before its TPM caught up; the next start resumes", zap.Stringer("ns", s.ns))
+		}
+	}
 	for _, s := range t.states {
 		errs = append(errs, s.close())
 	}

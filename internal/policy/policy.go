@@ -181,4 +181,6 @@ type SyntaxError struct {
 }
 
 // Error tells where, what and why.
-func (e *SyntaxError) Error() string { return fmt.Sprintf("%s:%d: %q: %s", e.File, e.Line, e.Rule, e.Reason) }
+func (e *SyntaxError) Error() string {
+	return fmt.Sprintf("%s:%d: %q: %s", e.File, e.Line, e.Rule, e.Reason)
+}

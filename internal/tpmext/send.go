@@ -67,8 +67,8 @@ func (t *TPM) sendOnce(ctx context.Context, input []byte) ([]byte, error) {
 	conn := t.conn
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	response, err := conn.Send(input)
-	if !stop() && ctx.Err() != nil {
-		t.drop()
+	if !stop() { // closed, or about to be
+		t.conn = nil
 		if err != nil {
 			err = ctx.Err()
 		}
@@ -84,7 +84,9 @@ func (t *TPM) sendOnce(ctx context.Context, input []byte) ([]byte, error) {
 }
 
 // responseCode reads a whole header's last field.
-func responseCode(response []byte) tpm2.TPMRC { return tpm2.TPMRC(binary.BigEndian.Uint32(response[6:])) }
+func responseCode(response []byte) tpm2.TPMRC {
+	return tpm2.TPMRC(binary.BigEndian.Uint32(response[6:]))
+}
 
 // askedToRetry reports whether the TPM did nothing and wants the same command again. Source: Part 2, section 6.6.3.
 func askedToRetry(rc tpm2.TPMRC) bool {

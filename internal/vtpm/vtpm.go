@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -35,7 +36,7 @@ const startTimeout = 60 * time.Second
 type Config struct {
 	Program string // swtpm's name or path
 	Dir     string // its state, log and process file; absolute
-	Socket  string // its socket's path; absolute, at most 107 bytes
+	Socket  string // its socket's path; absolute, at most 102 bytes; the control channel is SOCKET.ctrl
 }
 
 // Instance is one running swtpm.
@@ -53,10 +54,13 @@ type processFile struct {
 
 const processFileName = "process.json"
 
+// controlSuffix is where the TCG software stack's swtpm interface (tpm2-tools -T swtpm:path=SOCKET) looks for the control channel.
+const controlSuffix = ".ctrl"
+
 // Start makes the folder and runs an instance in it. It fails if one was started in that folder before: Adopt or Remove that.
 func Start(ctx context.Context, c Config) (*Instance, error) {
-	if len(c.Socket) > 107 {
-		return nil, fmt.Errorf("start vTPM: the socket path %s has %d bytes, at most 107 work; choose a shorter --run-dir", c.Socket, len(c.Socket))
+	if len(c.Socket+controlSuffix) > 107 {
+		return nil, fmt.Errorf("start vTPM: the socket path %s has %d bytes, at most 102 work; choose a shorter --run-dir", c.Socket, len(c.Socket))
 	}
 	if err := durable.Mkdir(c.Dir); err != nil {
 		return nil, fmt.Errorf("start vTPM: %w", err)
@@ -67,7 +71,7 @@ func Start(ctx context.Context, c Config) (*Instance, error) {
 	if err := os.MkdirAll(filepath.Dir(c.Socket), 0o700); err != nil {
 		return nil, fmt.Errorf("start vTPM: %w", err)
 	}
-	os.Remove(c.Socket)
+	removeSockets(c)
 	log, err := os.OpenFile(filepath.Join(c.Dir, "swtpm.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("start vTPM: %w", err)
@@ -76,6 +80,7 @@ func Start(ctx context.Context, c Config) (*Instance, error) {
 	cmd := exec.Command(c.Program, "socket", "--tpm2",
 		"--tpmstate", "dir="+c.Dir+",mode=0600",
 		"--server", "type=unixio,path="+c.Socket+",mode=0600",
+		"--ctrl", "type=unixio,path="+c.Socket+controlSuffix+",mode=0600",
 		"--flags", "not-need-init,startup-clear")
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -123,13 +128,13 @@ func (i *Instance) record() error {
 	return durable.WriteFile(filepath.Join(i.config.Dir, processFileName), b)
 }
 
-// await waits until the socket is there.
+// await waits until the instance takes a connection; the socket is there a moment before it does.
 func (i *Instance) await(ctx context.Context, exited <-chan struct{}) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	for {
-		if st, err := os.Stat(i.config.Socket); err == nil && st.Mode()&os.ModeSocket != 0 {
-			return nil
+		if conn, err := net.Dial("unix", i.config.Socket); err == nil {
+			return conn.Close()
 		}
 		select {
 		case <-exited:
@@ -187,7 +192,7 @@ func (i *Instance) Close() error { return unix.Close(i.pidfd) }
 // Stop ends the instance: its PCRs are gone. One that does not end by itself within five seconds is killed.
 func (i *Instance) Stop() error {
 	defer i.Close()
-	defer os.Remove(i.config.Socket)
+	defer removeSockets(i.config)
 	for _, s := range []unix.Signal{unix.SIGTERM, unix.SIGKILL} {
 		if err := unix.PidfdSendSignal(i.pidfd, s, nil, 0); errors.Is(err, unix.ESRCH) {
 			return nil
@@ -203,11 +208,16 @@ func (i *Instance) Stop() error {
 
 // Remove deletes what an instance kept in its folder. Stop it first.
 func Remove(c Config) error {
-	os.Remove(c.Socket)
+	removeSockets(c)
 	if err := os.RemoveAll(c.Dir); err != nil {
 		return fmt.Errorf("remove vTPM: %w", err)
 	}
 	return nil
+}
+
+func removeSockets(c Config) {
+	os.Remove(c.Socket)
+	os.Remove(c.Socket + controlSuffix)
 }
 
 func startTime(pid int) (string, error) {

@@ -18,7 +18,7 @@ const (
 	defaultMemory = 3072 // MiB
 	defaultLimit  = 10 * time.Minute
 	outputPoll    = 50 * time.Millisecond
-	consoleTail   = 40 // lines shown of a crashed machine
+	consoleTail   = 80 // lines shown of a crashed machine
 	runFolder     = ".vm"
 )
 

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // tool is a program of the host and the Debian package that has it.
@@ -58,10 +59,14 @@ func haveKVM() bool {
 	return true
 }
 
+// waitDelay is how long a killed command's descendants may hold its output open.
+const waitDelay = 5 * time.Second
+
 // tieToUs puts the command into a process group of its own, which the command's cancellation kills whole, and has the
 // kernel kill it if this process dies without a chance to.
 func tieToUs(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.WaitDelay = waitDelay
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 }
 

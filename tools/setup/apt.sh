@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# apt.sh PACKAGE...: install packages without questions and without what they merely recommend.
+# apt.sh PACKAGE...: install packages without questions and without what they merely recommend; what is there stays as it is.
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive
 apt-get -q -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 update
-apt-get -q -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 -y --no-install-recommends install "$@"
+apt-get -q -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 -y --no-install-recommends --no-upgrade install "$@"

@@ -37,7 +37,7 @@ if [ ! -x "$cache/go$want/bin/go" ]; then
 			exit 1
 		fi
 		echo "installing: golang-go, to fetch Go $want with"
-		tools/setup/apt.sh golang-go ca-certificates
+		tools/setup/apt.sh golang-go
 	fi
 	echo "fetching Go $want ($(go version | cut -d ' ' -f 3) is too old)"
 	fetch=$cache/fetch

@@ -3,9 +3,12 @@ package tpmtest
 
 import (
 	"bytes"
+	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -50,6 +53,7 @@ func (s *Swtpm) Run(flags string) {
 	s.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+s.Dir, "--server", "type=unixio,path=tpm",
 		"--ctrl", "type=unixio,path=tpm.ctrl", "--flags", flags)
 	s.cmd.Dir = s.Dir
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // a test that panics leaves none behind
 	s.cmd.Stdout, s.cmd.Stderr = &s.output, &s.output
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
@@ -61,7 +65,7 @@ func (s *Swtpm) Run(flags string) {
 		close(exited)
 	}()
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		if _, err := os.Stat(s.Socket); err == nil {
+		if s.accepts() {
 			return
 		}
 		select {
@@ -71,9 +75,24 @@ func (s *Swtpm) Run(flags string) {
 		}
 		if time.Now().After(deadline) {
 			s.Kill()
-			s.t.Fatalf("swtpm made no socket: %s", s.output.String())
+			s.t.Fatalf("swtpm takes no connection: %s", s.output.String())
 		}
 	}
+}
+
+// accepts tries to connect; the socket is there a moment before it listens.
+func (s *Swtpm) accepts() bool {
+	dir, err := os.Open(s.Dir)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer dir.Close()
+	conn, err := net.Dial("unix", fmt.Sprintf("/proc/self/fd/%d/tpm", dir.Fd()))
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
 }
 
 // Kill ends swtpm at once, as a crash would: what its PCRs held is gone. A second Kill does nothing.

@@ -5,13 +5,13 @@ package guest
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -25,8 +25,9 @@ import (
 // program is the agent as users run it.
 const program = "/payload/imans-agent"
 
-// nativePCR is free on the matrix's kernels: their own IMA extends its boot_aggregate into PCR 10.
-const nativePCR = "11"
+// nativePCR is free on the matrix's kernels (their own IMA extends its boot_aggregate into PCR 10), and can be reset for the next
+// test.
+const nativePCR = "16"
 
 // execPolicy measures what runs.
 const execPolicy = "measure func=BPRM_CHECK mask=MAY_EXEC\nmeasure func=MMAP_CHECK mask=MAY_EXEC\n"
@@ -48,22 +49,14 @@ func newAgent(t *testing.T, args ...string) *agent {
 	if err != nil {
 		t.Fatal(err)
 	}
+	run(t, "tpm2_pcrreset", "-T", "device:/dev/tpmrm0", nativePCR)
 	a := &agent{t: t, dir: dir}
 	a.args = append([]string{"--pcr", nativePCR}, args...)
-	if !contains(args, "--policy") {
+	if !slices.Contains(args, "--policy") {
 		a.args = append(a.args, "--policy", a.write("policy", execPolicy))
 	}
 	t.Cleanup(a.cleanup)
 	return a
-}
-
-func contains(list []string, s string) bool {
-	for _, x := range list {
-		if x == s {
-			return true
-		}
-	}
-	return false
 }
 
 // startAgent starts an agent and waits until it measures.
@@ -154,7 +147,9 @@ func tail(s string, n int) string {
 	return s
 }
 
-func (a *agent) client() *control.Client { return control.NewClient(a.dir + "/run/" + control.SocketName) }
+func (a *agent) client() *control.Client {
+	return control.NewClient(a.dir + "/run/" + control.SocketName)
+}
 
 // cli runs a subcommand that asks the agent.
 func (a *agent) cli(args ...string) string {
@@ -276,13 +271,6 @@ func exits(t *testing.T, name string, args ...string) (int, string) {
 		return exit.ExitCode(), string(out)
 	}
 	return 0, string(out)
-}
-
-func fromJSON(t *testing.T, text string, v any) {
-	t.Helper()
-	if err := json.Unmarshal([]byte(text), v); err != nil {
-		t.Fatalf("%v: %s", err, text)
-	}
 }
 
 // soak returns the full size where IMANS_SOAK is set, else the everyday one.

@@ -33,6 +33,7 @@ if ! touch /host/.vm/up; then
 	echo "the host's share is not there: cannot run the command"
 	echo o >/proc/sysrq-trigger
 fi
+# shellcheck source=/dev/null
 . /host/.vm/environment
 bash /host/.vm/command >>/host/.vm/output 2>&1 </dev/null
 echo $? >/host/.vm/status

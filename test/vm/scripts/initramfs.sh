@@ -1,4 +1,5 @@
 #!/bin/busybox sh
+# shellcheck shell=dash
 # First program of the guest: finds the root disk and hands over to guest.sh on it.
 bb=/bin/busybox
 $bb mount -t proc proc /proc

@@ -1,0 +1,235 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/tpmext"
+	"imans.dev/imans-agent/internal/verify"
+)
+
+// verifyOptions is where the PCR values come from.
+type verifyOptions struct {
+	bank, pcr10, tpm, ns, runDir string
+	pcrs                         []string
+	asJSON                       bool
+}
+
+func newVerify() *cobra.Command {
+	var o verifyOptions
+	cmd := &cobra.Command{
+		Use:   "verify FILE",
+		Short: "replay a measurement list and compare it with PCR values",
+		Long: `verify replays a binary measurement list (ours or the kernel's) and says what the given PCR values prove
+of it, what is only claimed, and where it breaks. Without values it checks the list against itself only.
+Whoever gives the values vouches for them: take them from a quote that was checked, or from the TPM itself.
+
+Exit status 1 means that the list does not verify.`,
+		Example: `  imans-agent verify list --ns 4026532281
+  imans-agent verify list --tpm /dev/tpmrm0
+  imans-agent verify list --pcr10 9c01…
+  imans-agent verify list --pcr 11=sha256:9c01…`,
+		Args: exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return o.run(cmd, args[0]) },
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.bank, "bank", "sha1", "bank of the list's template digests: sha1 is the classic file")
+	f.StringVar(&o.pcr10, "pcr10", "", "value of PCR 10 in hexadecimal; its length tells the bank")
+	f.StringArrayVar(&o.pcrs, "pcr", nil, "value of a PCR, as NUMBER=ALGORITHM:HEX; may be repeated")
+	f.StringVar(&o.tpm, "tpm", "", "read the values from this TPM: a device, unix:PATH or tcp:HOST:PORT")
+	f.StringVar(&o.ns, "ns", "", "ask the running agent for the values of this namespace's TPM")
+	f.BoolVar(&o.asJSON, "json", false, "print JSON")
+	addRunDir(cmd, &o.runDir)
+	return cmd
+}
+
+func (o verifyOptions) run(cmd *cobra.Command, path string) error {
+	bank, ok := ima.HashAlgoByName(o.bank)
+	if !ok {
+		return usageError{fmt.Errorf("--bank %s: want sha1, sha256, sha384 or sha512", o.bank)}
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		return usageError{err}
+	}
+	defer file.Close()
+	values, err := o.values(cmd.Context(), file, bank)
+	if err != nil {
+		return err
+	}
+	if _, err := file.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	result, err := verify.List(file, verify.Options{FileBank: bank, PCRs: values})
+	if err != nil {
+		return err
+	}
+	if o.asJSON {
+		err = printJSON(cmd, jsonResult(result, len(values) > 0))
+	} else {
+		err = printResult(cmd, result, len(values) > 0)
+	}
+	if err == nil && !verifies(result, len(values) > 0) {
+		return errBad
+	}
+	return err
+}
+
+// verifies is the one bit of the exit status: nothing is broken, and given values prove at least an entry.
+func verifies(r verify.Result, valuesGiven bool) bool {
+	return r.Err() == nil && r.Entries > 0 && (!valuesGiven || r.Proven.Entries > 0)
+}
+
+type pcrValues map[int]map[ima.HashAlgo]ima.Digest
+
+func (v pcrValues) add(pcr int, d ima.Digest) {
+	if v[pcr] == nil {
+		v[pcr] = make(map[ima.HashAlgo]ima.Digest)
+	}
+	v[pcr][d.Algo()] = d
+}
+
+// values collects the PCR values from wherever the flags say.
+func (o verifyOptions) values(ctx context.Context, file io.Reader, bank ima.HashAlgo) (pcrValues, error) {
+	values := make(pcrValues)
+	if o.pcr10 != "" {
+		name, ok := map[int]string{40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}[len(o.pcr10)]
+		if !ok {
+			return nil, usageError{fmt.Errorf("--pcr10: %d digits are no digest of a bank; want 40, 64, 96 or 128", len(o.pcr10))}
+		}
+		o.pcrs = append(o.pcrs, "10="+name+":"+o.pcr10)
+	}
+	for _, p := range o.pcrs {
+		number, text, _ := strings.Cut(p, "=")
+		pcr, err := strconv.Atoi(number)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("--pcr %s: want NUMBER=ALGORITHM:HEX", p)}
+		}
+		d, err := ima.ParseDigest(text)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("--pcr %s: %w", p, err)}
+		}
+		values.add(pcr, d)
+	}
+	if o.ns != "" {
+		p, err := client(o.runDir).PCRs(ctx, o.ns)
+		if err != nil {
+			return nil, err
+		}
+		for _, text := range p.Values {
+			d, err := ima.ParseDigest(text)
+			if err != nil {
+				return nil, fmt.Errorf("read the agent's answer: %w", err)
+			}
+			values.add(p.PCR, d)
+		}
+	}
+	if o.tpm == "" {
+		return values, nil
+	}
+	return values, readTPM(ctx, o.tpm, file, bank, values)
+}
+
+// readTPM reads every register that the list extends.
+func readTPM(ctx context.Context, address string, file io.Reader, bank ima.HashAlgo, values pcrValues) error {
+	tpm, err := tpmext.Open(ctx, address)
+	if err != nil {
+		return err
+	}
+	defer tpm.Close()
+	for pcr := range listPCRs(file, bank) {
+		banks, err := tpm.ReadPCR(ctx, pcr)
+		if err != nil {
+			return err
+		}
+		for _, d := range banks {
+			values.add(pcr, d)
+		}
+	}
+	return nil
+}
+
+// listPCRs returns the registers of a list's entries, as far as it can be read: verify says where it breaks.
+func listPCRs(file io.Reader, bank ima.HashAlgo) map[int]bool {
+	pcrs := make(map[int]bool)
+	for r := imalog.NewReader(file, bank); ; {
+		e, err := r.Next()
+		if err != nil {
+			return pcrs
+		}
+		pcrs[e.PCR()] = true
+	}
+}
+
+func printResult(cmd *cobra.Command, r verify.Result, valuesGiven bool) error {
+	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(w, name+"\t"+format+"\n", args...) }
+	row("entries", "%d, %d of them violations", r.Entries, r.Violations)
+	row("boot aggregate", "%v", r.BootAggregate)
+	for _, v := range r.Computed {
+		row("replays to", "PCR %d %v", v.PCR, v.Value)
+	}
+	switch {
+	case !valuesGiven:
+		row("proven", "nothing: no PCR values given (--tpm, --ns, --pcr10)")
+	case !r.Proven.Matched:
+		row("proven", "nothing: no beginning of the list leads to the given PCR values")
+	default:
+		row("proven", "%d entries, %d of them violations, by the given PCR values", r.Proven.Entries, r.Proven.Violations)
+		row("only claimed", "%d entries behind those, %d of other PCRs", r.Claimed.Trailing, r.Claimed.Uncovered)
+	}
+	for _, b := range r.Broken {
+		row("BROKEN", "%v", b)
+	}
+	if r.BrokenMore > 0 {
+		row("BROKEN", "and %d more", r.BrokenMore)
+	}
+	if verifies(r, valuesGiven) {
+		row("verdict", "ok")
+	} else {
+		row("verdict", "BAD")
+	}
+	return w.Flush()
+}
+
+// resultJSON is a verify.Result for programs.
+type resultJSON struct {
+	OK            bool         `json:"ok"`
+	Entries       int          `json:"entries"`
+	Violations    int          `json:"violations"`
+	BootAggregate string       `json:"boot_aggregate"`
+	Computed      []string     `json:"computed"` // PCR=ALGORITHM:HEX
+	Proven        int          `json:"proven"`
+	Claimed       int          `json:"claimed"`
+	Broken        []brokenJSON `json:"broken"`
+}
+
+type brokenJSON struct {
+	Kind   string `json:"kind"`
+	Entry  int    `json:"entry"`
+	Offset int64  `json:"offset"`
+	Reason string `json:"reason"`
+}
+
+func jsonResult(r verify.Result, valuesGiven bool) resultJSON {
+	j := resultJSON{
+		OK: verifies(r, valuesGiven), Entries: r.Entries, Violations: r.Violations, BootAggregate: r.BootAggregate.String(),
+		Proven: r.Proven.Entries, Claimed: r.Entries - r.Proven.Entries, Computed: []string{}, Broken: []brokenJSON{},
+	}
+	for _, v := range r.Computed {
+		j.Computed = append(j.Computed, fmt.Sprintf("%d=%v", v.PCR, v.Value))
+	}
+	for _, b := range r.Broken {
+		j.Broken = append(j.Broken, brokenJSON{b.Kind.String(), b.Entry, b.Offset, b.Reason})
+	}
+	return j
+}
