@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
 )
 
@@ -38,10 +39,14 @@ func makeProgram(t *testing.T, path string) [sha256.Size]byte {
 	t.Helper()
 	content := tinyProgram(path)
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		t.Fatal(err)
+		t.Error(err)
 	}
-	if err := os.WriteFile(path, content, 0o755); err != nil {
-		t.Fatal(err)
+	// A fork in another goroutine would inherit the descriptor, and a program open for writing does not run (ETXTBSY).
+	syscall.ForkLock.RLock()
+	err := os.WriteFile(path, content, 0o755)
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		t.Error(err)
 	}
 	return sha256.Sum256(content)
 }
