@@ -22,6 +22,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"imans.dev/imans-agent/internal/agent"
 	"imans.dev/imans-agent/internal/measure"
 	"imans.dev/imans-agent/internal/policy"
 )
@@ -63,9 +64,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	fmt.Fprintf(stderr, "imans-agent: %v\n", err)
 	var usage usageError
+	var option *agent.UsageError
 	var syntax *policy.SyntaxError
 	switch {
-	case errors.As(err, &usage), errors.As(err, &syntax):
+	case errors.As(err, &usage), errors.As(err, &option), errors.As(err, &syntax):
 		return exitUsage
 	case errors.Is(err, measure.ErrDiverged), errors.Is(err, measure.ErrAltered):
 		return exitBad

@@ -55,6 +55,17 @@ var (
 	ErrSharedPCR = errors.New("the kernel's own IMA extends this PCR; choose one that nothing else uses, such as --pcr 11")
 )
 
+// UsageError is an option or a policy that makes no sense.
+type UsageError struct{ err error }
+
+// Error says what to give instead.
+func (e *UsageError) Error() string { return e.err.Error() }
+
+// Unwrap returns the cause.
+func (e *UsageError) Unwrap() error { return e.err }
+
+func usage(format string, args ...any) error { return &UsageError{fmt.Errorf(format, args...)} }
+
 // Run runs the agent until ctx ends, which is no error. Errors of the machine are *feature.Unsupported, of a policy
 // *policy.SyntaxError, of a list measure.ErrDiverged, ErrAltered or ErrForeign.
 func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
@@ -136,13 +147,13 @@ func prepare(c Config, log *zap.Logger) (namespace.Config, error) {
 	}
 	algo, ok := ima.HashAlgoByName(c.Hash)
 	if _, can := algo.Hash(); !ok || !can {
-		return none, fmt.Errorf("--hash %s: want sha1, sha224, sha256, sha384 or sha512", c.Hash)
+		return none, usage("--hash %s: want sha1, sha224, sha256, sha384 or sha512", c.Hash)
 	}
 	if !slices.Contains(wired.Templates, c.Template) {
-		return none, fmt.Errorf("--template %s: want one of %v", c.Template, wired.Templates)
+		return none, usage("--template %s: want one of %v", c.Template, wired.Templates)
 	}
 	if c.PCR < 0 || c.PCR > 23 {
-		return none, fmt.Errorf("--pcr %d: want 0 to 23", c.PCR)
+		return none, usage("--pcr %d: want 0 to 23", c.PCR)
 	}
 	t := namespace.Config{
 		RunDir: c.RunDir, NativePolicy: native, NSPolicy: ns, NativePCR: c.PCR, Template: c.Template, Algo: algo, Log: log,
@@ -152,10 +163,10 @@ func prepare(c Config, log *zap.Logger) (namespace.Config, error) {
 		t.Swtpm = c.Swtpm
 	case "none":
 	default:
-		return none, fmt.Errorf("--ns-tpm %s: want swtpm or none", c.NSTPM)
+		return none, usage("--ns-tpm %s: want swtpm or none", c.NSTPM)
 	}
 	if c.Digest != "auto" && c.Digest != "kernel" && c.Digest != "agent" {
-		return none, fmt.Errorf("--digest %s: want auto, kernel or agent", c.Digest)
+		return none, usage("--digest %s: want auto, kernel or agent", c.Digest)
 	}
 	if c.Digest == "kernel" && !feature.KernelDigest() {
 		return none, errors.New("--digest kernel: this kernel gives no digests; use auto or agent")
@@ -176,7 +187,7 @@ func LoadPolicy(nameOrFile string) (*policy.Policy, error) {
 		}
 	}
 	if len(p.Rules()) == 0 {
-		return nil, fmt.Errorf("policy %s has no rules: nothing would be measured; add one, such as measure func=BPRM_CHECK", nameOrFile)
+		return nil, usage("policy %s has no rules: nothing would be measured; add one, such as measure func=BPRM_CHECK", nameOrFile)
 	}
 	if err := p.CheckWired(nameOrFile, wired); err != nil {
 		return nil, err

@@ -189,6 +189,9 @@ func (l *look) append(n, s *State, d policy.Decision, sum ima.Digest, loss event
 			return err
 		}
 	}
+	if loss == 0 && n.tree.inodes.same(n, key.pcr, l.ev, sum) {
+		return nil // the same content under another name, by a link or a rename: not measured again, as in the kernel
+	}
 	return l.appendEntry(n, s, key, sum)
 }
 

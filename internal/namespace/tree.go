@@ -54,6 +54,7 @@ type Tree struct {
 	log    *zap.Logger
 	store  *measure.Store
 	cache  *digest.Cache
+	inodes *inodes
 	bootAt time.Time // the wall clock's reading at boot, by today's clock
 
 	mu         sync.Mutex // guards what follows, and each State's fields that say so
@@ -72,7 +73,7 @@ const cacheSize = 65536
 func New(c Config) *Tree {
 	boot := sinceBoot()
 	return &Tree{
-		config: c, log: c.Log, store: measure.NewStore(), cache: digest.NewCache(cacheSize),
+		config: c, log: c.Log, store: measure.NewStore(), cache: digest.NewCache(cacheSize), inodes: newInodes(),
 		bootAt: time.Now().Add(-boot), states: make(map[uint64]*State), generation: uint64(boot),
 		recorded: make(map[loader.LossKey]uint64), losses: make(map[event.Loss]uint64),
 	}

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -103,7 +104,7 @@ func TestMainJobBadSurroundings(t *testing.T) {
 func TestMainJobFullStateFolder(t *testing.T) {
 	a := newAgent(t)
 	sh(t, fmt.Sprintf("mkdir %[1]s/state && mount -t tmpfs -o size=64k tmpfs %[1]s/state", a.dir))
-	t.Cleanup(func() { sh(t, "umount -l "+a.dir+"/state") })
+	t.Cleanup(func() { exec.Command("umount", "-l", a.dir+"/state").Run() })
 	a.start()
 	sh(t, fmt.Sprintf("dd if=/dev/zero of=%s/state/filler bs=1k 2>/dev/null || true", a.dir))
 	digests := startLoad(t, tempDir(t, "/root"), 100).wait()
