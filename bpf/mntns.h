@@ -40,7 +40,8 @@ static __always_inline bool imans_mntns_register(__u64 id, __u32 inum, __u64 par
 	struct imans_mount_namespace entry = {
 		.parent = parent, .inum = inum, .parent_inum = parent_inum,
 	};
-	long err = bpf_map_update_elem(&mount_namespaces, &id, &entry, BPF_NOEXIST);
+	/* int, not long: before 6.4 the upper half of what this helper returns is undefined (the call is made directly). */
+	int err = bpf_map_update_elem(&mount_namespaces, &id, &entry, BPF_NOEXIST);
 
 	if (!err)
 		err = bpf_map_update_elem(&namespace_ids, &inum, &id, BPF_ANY);
