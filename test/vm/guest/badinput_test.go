@@ -107,7 +107,7 @@ func TestMainJobFullStateFolder(t *testing.T) {
 	t.Cleanup(func() { exec.Command("umount", "-l", a.dir+"/state").Run() })
 	a.start()
 	sh(t, fmt.Sprintf("dd if=/dev/zero of=%s/state/filler bs=1k 2>/dev/null || true", a.dir))
-	digests := startLoad(t, tempDir(t, "/root"), 100).wait()
+	digests := startLoad(t, tempDir(t, "/root"), 100, 3).wait()
 	deadline := time.Now().Add(20 * time.Second)
 	for !bytes.Contains(a.log.Bytes(), []byte("make room")) && time.Now().Before(deadline) {
 		time.Sleep(50 * time.Millisecond)

@@ -24,10 +24,10 @@ type load struct {
 	digests map[string]string // of each program that ran, by path
 }
 
-// startLoad runs at most n programs until stop.
-func startLoad(t *testing.T, dir string, n int) *load {
+// startLoad runs at most n programs until stop, by a number of workers.
+func startLoad(t *testing.T, dir string, n, workers int) *load {
 	l := &load{dir: dir, digests: map[string]string{}}
-	for range 3 {
+	for range workers {
 		l.workers.Go(func() {
 			for !l.stopped.Load() {
 				i := l.next.Add(1)
@@ -86,7 +86,7 @@ func TestMainJobShortLivedProcesses(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			a := startAgent(t, "--digest", mode)
 			began := time.Now()
-			digests := startLoad(t, tempDir(t, "/root"), n).wait()
+			digests := startLoad(t, tempDir(t, "/root"), n, 3).wait()
 			right, violations := a.found(digests)
 			t.Logf("%d programs in %v: %d entries, %d violations", n, time.Since(began).Round(time.Second), len(right), len(violations))
 			if len(digests) != n {
@@ -107,7 +107,7 @@ func TestMainJobLossesAreViolations(t *testing.T) {
 	const n = 300
 	a := startAgent(t, "--ring-size", "4")
 	a.cmd.Process.Signal(syscall.SIGSTOP)
-	digests := startLoad(t, tempDir(t, "/root"), n).wait()
+	digests := startLoad(t, tempDir(t, "/root"), n, 3).wait()
 	a.cmd.Process.Signal(syscall.SIGCONT)
 	right, _ := a.found(digests)
 	lost := 0
@@ -161,7 +161,7 @@ func count(violations map[string]int, prefix string) int {
 // The agent is killed again and again while programs run: each is in the list once, and the PCR replays.
 func TestMainJobKilledUnderLoad(t *testing.T) {
 	a := startAgent(t)
-	l := startLoad(t, tempDir(t, "/root"), 1<<30)
+	l := startLoad(t, tempDir(t, "/root"), 1<<30, 1)
 	for range soak(10, 100) {
 		time.Sleep(300 * time.Millisecond)
 		a.signal(syscall.SIGKILL)

@@ -89,12 +89,13 @@ func TestMainJobDepth32(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	sh(t, "mkfifo "+dir+"/stop")
 	script := filepath.Join(dir, "down")
 	err := os.WriteFile(script, []byte(fmt.Sprintf(`#!/bin/bash
 readlink /proc/self/ns/mnt >%[1]s/ns-$1
 %[1]s/at-$1
 if [ $1 = %[2]d ]; then : >%[1]s/bottom; else unshare -m %[1]s/down $(($1 + 1)) & fi
-while [ ! -e %[1]s/stop ]; do sleep 1; done
+read line <%[1]s/stop
 wait
 `, dir, depth)), 0o755)
 	if err != nil {
@@ -104,7 +105,11 @@ wait
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { sh(t, ": >"+dir+"/stop"); cmd.Wait() }()
+	defer func() {
+		sh(t, "exec 3<>"+dir+"/stop; for i in $(seq 40); do echo; done >&3; sleep 2")
+		cmd.Process.Kill()
+		cmd.Wait()
+	}()
 	sh(t, fmt.Sprintf("for i in $(seq 1200); do [ -e %s/bottom ] && exit 0; sleep 0.1; done; exit 1", dir))
 
 	for at := 1; at <= depth; at++ {
