@@ -37,7 +37,8 @@ lint: ## check format, vet, staticcheck, the import layers and the shell scripts
 	@$(DEPS) go lint
 	@test -z "$$(gofmt -l .)" || { echo "not formatted; run gofmt -w on:"; gofmt -l .; exit 1; } >&2
 	go vet -tags vm ./...
-	for target in darwin/arm64 windows/amd64 linux/arm; do GOOS=$${target%/*} GOARCH=$${target#*/} go vet $(PURE); done
+	for target in darwin/arm64 windows/amd64 linux/arm; do \
+	  export GOOS=$${target%/*} GOARCH=$${target#*/}; go build $(PURE); go vet $(PURE); done
 	go tool staticcheck -tags vm ./...
 	go run ./tools/layers
 	@if type -P shellcheck >/dev/null; then shellcheck .ci/run $$(git ls-files '*.sh'); else echo "no shellcheck: scripts not checked"; fi
@@ -46,10 +47,11 @@ lint: ## check format, vet, staticcheck, the import layers and the shell scripts
 test: lint test-unit generated test-vm ## run every check: lint, unit tests, generated files, all kernels
 
 .PHONY: test-unit
-test-unit: ## run the unit tests, with the race detector where there is a C compiler
+test-unit: ## run the unit tests, with the race detector where gcc is (RUN=regexp PKG=./…)
 	@$(DEPS) go test $(if $(IMANS_REQUIRE_VM),vm)
-	@if type -P gcc >/dev/null; then race=-race CGO_ENABLED=1; else race= CGO_ENABLED=0; echo "no gcc: without the race detector"; fi
-	export CGO_ENABLED; set -x; go test $$race $(if $(RUN),-run '$(RUN)') ./...
+	@type -P gcc >/dev/null || echo "no gcc: without the race detector"
+	if type -P gcc >/dev/null; then export CGO_ENABLED=1; race=-race; else export CGO_ENABLED=0; race=; fi; \
+	go test $$race $(if $(RUN),-run '$(RUN)') $(or $(PKG),./...)
 
 .PHONY: test-vm
 test-vm: ## run the tests of the vm tag on stock kernels (RUN=regexp KERNEL=6.12 COVER=file)

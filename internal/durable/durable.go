@@ -1,7 +1,8 @@
 // Package durable makes files and folders that are still there after a crash of the machine.
 //
 // A file's content is durable after fsync of the file, its name after fsync of its folder. Mkdir and WriteFile do both before
-// they return nil. WriteFile replaces: a crash leaves the old content or the new, whole, never a part of either.
+// they return nil. WriteFile replaces: a crash leaves the old content or the new, whole, never a part of either. OpenLog does it
+// for the name; the content of a log is its writer's to sync.
 //
 // BUG: after a failed fsync Linux may mark the pages clean though they never reached the disk. So an error here means that the
 // state is unknown, and trying fsync again proves nothing; the caller has to write anew.
@@ -12,26 +13,61 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
-// Mkdir makes a folder and its parents with mode 0700, and syncs each folder that gained an entry. One that exists is no error.
+// Mkdir makes a folder and its parents with mode 0700, and syncs each folder that gained an entry. One that exists is no error;
+// its entry is synced all the same, as whoever made it may have crashed before that.
 func Mkdir(dir string) error {
-	st, err := os.Stat(dir)
-	if err == nil && st.IsDir() {
-		return nil
-	} else if err == nil {
-		return fmt.Errorf("make folder %s: a file stands in its place", dir)
-	} else if !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("make folder: %w", err)
-	}
-	parent := filepath.Dir(dir)
-	if err := Mkdir(parent); err != nil {
+	made, err := mkdir(dir)
+	if err != nil || made {
 		return err
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		return fmt.Errorf("make folder: %w", err)
+	return SyncDir(filepath.Dir(dir))
+}
+
+// mkdir reports whether it made the folder, durable.
+func mkdir(dir string) (made bool, err error) {
+	st, err := os.Stat(dir)
+	if err == nil && st.IsDir() {
+		return false, nil
+	} else if err == nil {
+		return false, fmt.Errorf("make folder %s: a file stands in its place", dir)
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return false, fmt.Errorf("make folder: %w", err)
 	}
-	return SyncDir(parent)
+	parent := filepath.Dir(dir)
+	if _, err := mkdir(parent); err != nil {
+		return false, err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return false, fmt.Errorf("make folder: %w", err)
+	}
+	return true, SyncDir(parent)
+}
+
+// ErrLocked means that another process has the log open.
+var ErrLocked = errors.New("in use by another process")
+
+// OpenLog opens a file to append to, with mode 0600 and a durable name if it is new, and locks it until it is closed or the
+// process ends. ErrLocked: someone else has it.
+func OpenLog(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = ErrLocked
+	}
+	if err == nil {
+		err = SyncDir(filepath.Dir(path))
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open %s: %w", path, err), f.Close())
+	}
+	return f, nil
 }
 
 // WriteFile writes a file with mode 0600 in place of any other of that name.

@@ -1,6 +1,7 @@
 package durable
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -56,5 +57,35 @@ func TestMkdir(t *testing.T) {
 	}
 	if err := Mkdir(file); err == nil || !strings.Contains(err.Error(), "a file stands in its place") {
 		t.Errorf("over a file: %v", err)
+	}
+}
+
+func TestOpenLogIsForOne(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	f, err := OpenLog(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString("kept"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenLog(path); !errors.Is(err, ErrLocked) {
+		t.Errorf("opened twice: %v, want ErrLocked", err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f, err = OpenLog(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	content, err := os.ReadFile(path)
+	st, statErr := f.Stat()
+	if err != nil || statErr != nil || string(content) != "kept" || st.Mode().Perm() != 0o600 {
+		t.Errorf("%q, %v, %v, %v", content, st.Mode(), err, statErr)
+	}
+	if _, err := OpenLog(filepath.Join(path, "in-a-file")); err == nil {
+		t.Error("opened a log in a file")
 	}
 }

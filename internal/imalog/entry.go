@@ -9,8 +9,8 @@ import (
 	"imans.dev/imans-agent/internal/ima"
 )
 
-// Entry is one entry of a measurement list. It is immutable, and may be shared by any number of lists and goroutines; only
-// Reader.ReadInto writes to the one it is given. It holds no digests: each is computed when asked for.
+// Entry is one entry of a measurement list. It is immutable, and may be shared by any number of lists and goroutines;
+// only Reader.ReadInto writes to the one it is given. It holds no digests: each is computed when asked for.
 type Entry struct {
 	template  *template
 	data      []byte // of each field: u32 length, bytes
@@ -21,14 +21,16 @@ type Entry struct {
 // BootAggregateName is the name of a list's first entry.
 const BootAggregateName = "boot_aggregate"
 
-// NewEntry makes the entry of a measured file or buffer. It fails if the template is unknown, the digest missing or not one that
-// the template can hold (CheckDigest), the name empty or with a zero byte in it, or the data too long to be read back.
+// NewEntry makes the entry of a measured file or buffer. It fails if the template is unknown, the digest missing or not
+// one that the template can hold (CheckDigest), the name empty or with a zero byte in it, or the data too long to be
+// read back.
 func NewEntry(pcr int, templateName string, v FieldValues) (*Entry, error) {
 	return newEntry(pcr, templateName, &v, false)
 }
 
-// NewViolation makes the entry of an event that could not be measured. Its file digest is zero, of the length of v.Digest's
-// algorithm; of v's other values it has the name, the EVM signature and the inode's, which are known without the content.
+// NewViolation makes the entry of an event that could not be measured. Its file digest is zero, of the length of
+// v.Digest's algorithm; of v's other values it has the name, the EVM signature and the inode's, which are known without
+// the content.
 func NewViolation(pcr int, templateName string, v FieldValues) (*Entry, error) {
 	if !v.Digest.IsNone() {
 		v.Digest = ima.ZeroDigest(v.Digest.Algo())
@@ -89,12 +91,12 @@ func (t *template) newEntry(pcr int, v *FieldValues, violation bool) (*Entry, er
 // PCR returns the register that the entry extends.
 func (e *Entry) PCR() int { return int(e.pcr) }
 
-// Template returns the template's name, or its format if it has none. No digest covers it: in a list that was read it is claimed
-// by whoever wrote the list, bound only by the fields having to fit.
+// Template returns the template's name, or its format if it has none. No digest covers it: in a list that was read it
+// is claimed by whoever wrote the list, bound only by the fields having to fit.
 func (e *Entry) Template() string { return e.template.name }
 
-// Violation reports whether the entry stands for an event that could not be measured. A PCR covers that there was a violation;
-// what the entry says besides is claimed by whoever wrote the list.
+// Violation reports whether the entry stands for an event that could not be measured. A PCR covers that there was a
+// violation; what the entry says besides is claimed by whoever wrote the list.
 func (e *Entry) Violation() bool { return e.violation }
 
 // Data returns the template data: of each field a u32 length and its bytes, for every template alike. Don't change it.
@@ -123,8 +125,9 @@ func (e *Entry) Name() string {
 	return ""
 }
 
-// FileDigest returns the digest of the file or buffer. None if the template has none, its algorithm is unknown or its length is
-// not the algorithm's, as in the violations of older kernels. The field d of 20 bytes is taken for SHA-1, of 16 for MD5.
+// FileDigest returns the digest of the file or buffer. None if the template has none, its algorithm is unknown or its
+// length is not the algorithm's, as in the violations of older kernels. The field d of 20 bytes is taken for SHA-1, of
+// 16 for MD5.
 func (e *Entry) FileDigest() ima.Digest {
 	for _, id := range []string{"d-ng", "d-ngv2"} {
 		if b, ok := e.Field(id); ok {
@@ -143,8 +146,8 @@ func (e *Entry) FileDigest() ima.Digest {
 	return ima.Digest{}
 }
 
-// Digest returns the template digest as the list of that bank stores it: all zero for a violation, none for an algorithm that
-// CheckBank refuses. It is computed at each call.
+// Digest returns the template digest as the list of that bank stores it: all zero for a violation, none for an
+// algorithm that CheckBank refuses. It is computed at each call.
 func (e *Entry) Digest(bank ima.HashAlgo) ima.Digest { return bankDigest(bank, e.AppendDigest) }
 
 // ExtendDigest returns what the PCR of that bank is extended with: all ones for a violation, else Digest.
@@ -188,8 +191,8 @@ func (e *Entry) AppendBinary(dst []byte, bank ima.HashAlgo) []byte {
 	return append(dst, name...)
 }
 
-// AppendASCII appends the entry's line, with its newline, as the ascii list of a bank has it: see the package comment for the
-// one difference. It panics for a bank that CheckBank refuses.
+// AppendASCII appends the entry's line, with its newline, as the ascii list of a bank has it: see the package comment
+// for the one difference. It panics for a bank that CheckBank refuses.
 func (e *Entry) AppendASCII(dst []byte, bank ima.HashAlgo) []byte {
 	dst = fmt.Appendf(dst, "%2d ", e.pcr)
 	var sum [ima.MaxDigestSize]byte

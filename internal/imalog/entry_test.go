@@ -103,8 +103,8 @@ func TestReplayZeroViolations(t *testing.T) {
 	}
 }
 
-// TestASCIIForgesNothing gives every byte and some longer sequences to every place of an entry that text comes from, as a reader
-// would hand it on.
+// TestASCIIForgesNothing gives every byte and some longer sequences to every place of an entry that text comes from, as
+// a reader would hand it on.
 func TestASCIIForgesNothing(t *testing.T) {
 	line := regexp.MustCompile(`^[ 1-9][0-9] [0-9a-f]{40} ima-ng [^\x00-\x20\x7f]* [^\x00-\x20\x7f]*\n$`)
 	var texts []string

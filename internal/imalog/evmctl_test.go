@@ -12,7 +12,8 @@ import (
 	"imans.dev/imans-agent/internal/ima"
 )
 
-// evmctl runs `evmctl ima_measurement` over a list and PCR files of both banks that it knows, and returns what it printed.
+// evmctl runs `evmctl ima_measurement` over a list and PCR files of both banks that it knows, and returns what it
+// printed.
 func evmctl(t *testing.T, list []byte, replay *Replay, args ...string) (string, error) {
 	t.Helper()
 	program := need(t, "evmctl")
@@ -46,7 +47,8 @@ func writeAll(entries []*Entry) (list []byte, replay *Replay) {
 	return list, replay
 }
 
-// TestEvmctl has the other program read what we write, compute the same PCR values, print the same lines, and find a change.
+// TestEvmctl has the other program read what we write, compute the same PCR values, print the same lines, and find a
+// change.
 func TestEvmctl(t *testing.T) {
 	for _, v := range loadVectors(t) {
 		t.Run(v.name, func(t *testing.T) {

@@ -186,8 +186,8 @@ func checkDigest(b []byte) error {
 	return err
 }
 
-// splitDigest takes [type ":"] algorithm ":" zero digest apart. Violations of older kernels have 20 zero bytes whatever the
-// algorithm, so the length is not compared.
+// splitDigest takes [type ":"] algorithm ":" zero digest apart. Violations of older kernels have 20 zero bytes whatever
+// the algorithm, so the length is not compared.
 func splitDigest(b []byte) (prefix, sum []byte, err error) {
 	i := bytes.IndexByte(b, 0)
 	if i < 2 || b[i-1] != ':' {
@@ -225,9 +225,10 @@ func asciiDigest(dst, b []byte) []byte {
 	return hex.AppendEncode(asciiString(dst, prefix), sum)
 }
 
-// asciiString prints a string up to its final zero, with every control character as one \ooo in octal for each of its bytes. Those
-// are what ends a line or a field in some reader's eyes: the bytes up to space and 0x7f, U+0080 to U+009F (also as one byte),
-// U+2028 and U+2029. All else, the backslash too, is printed as the kernel does, so that \x2d in a name stays what it is.
+// asciiString prints a string up to its final zero, with every control character as one \ooo in octal for each of its
+// bytes. Those are what ends a line or a field in some reader's eyes: the bytes up to space and 0x7f, U+0080 to U+009F
+// (also as one byte), U+2028 and U+2029. All else, the backslash too, is printed as the kernel does, so that \x2d in a
+// name stays what it is.
 func asciiString(dst, b []byte) []byte {
 	b = bytes.TrimSuffix(b, []byte{0})
 	for len(b) > 0 {

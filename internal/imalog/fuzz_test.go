@@ -9,8 +9,9 @@ import (
 	"imans.dev/imans-agent/internal/ima"
 )
 
-// FuzzReader: any bytes read without panic; each entry read is written again as it was but for a template digest that was not the
-// data's; what is written is read as the same; its line in the ascii list is one line; and errors tell where.
+// FuzzReader: any bytes read without panic; each entry read is written again as it was but for a template digest that
+// was not the data's; what is written is read as the same; its line in the ascii list is one line; and errors tell
+// where.
 func FuzzReader(f *testing.F) {
 	for _, v := range loadVectors(f) {
 		f.Add(v.read(f, ima.SHA1, "bin"), uint8(ima.SHA1))

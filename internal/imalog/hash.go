@@ -22,7 +22,8 @@ func CheckBank(bank ima.HashAlgo) error {
 	return fmt.Errorf("bank %s: %w", bank, ErrBank)
 }
 
-// appendSum appends the bank's hash of data. It allocates nothing where dst has room: this is what a replay spends its time on.
+// appendSum appends the bank's hash of data. It allocates nothing where dst has room: this is what a replay spends its
+// time on.
 func appendSum(dst []byte, bank ima.HashAlgo, data []byte) []byte {
 	switch bank {
 	case ima.SHA1:

@@ -53,7 +53,8 @@ type Reader struct {
 // errCut is the reason of a list that ends in the middle of an entry.
 var errCut = errors.New("the list ends in the middle of the entry")
 
-// NewReader reads the list of a bank; SHA1 is the classic binary_runtime_measurements. It may read ahead of what Next returns.
+// NewReader reads the list of a bank; SHA1 is the classic binary_runtime_measurements. It may read ahead of what Next
+// returns.
 func NewReader(r io.Reader, bank ima.HashAlgo) *Reader {
 	reader := &Reader{r: bufio.NewReaderSize(r, 64<<10), bank: bank}
 	if bank.Size() == 0 {
@@ -68,8 +69,8 @@ func (r *Reader) Offset() int64 { return r.offset }
 // End returns the offset just behind the entry last returned by Next, after a cut entry that of the list's end.
 func (r *Reader) End() int64 { return r.next }
 
-// StoredDigest returns the template digest that the list claims for the entry last returned by Next. Next does not compare it
-// with the data.
+// StoredDigest returns the template digest that the list claims for the entry last returned by Next. Next does not
+// compare it with the data.
 func (r *Reader) StoredDigest() ima.Digest {
 	d, _ := ima.NewDigest(r.bank, r.stored[:r.bank.Size()]) // none for an unknown bank, which reads no entry
 	return d
@@ -80,8 +81,8 @@ func (r *Reader) AppendStoredDigest(dst []byte) []byte {
 	return append(dst, r.stored[:r.bank.Size()]...)
 }
 
-// Next returns the next entry, io.EOF after the last, a *CorruptError, after which nothing more can be read, or the error of the
-// underlying reader. An entry whose stored template digest is all zero is a violation.
+// Next returns the next entry, io.EOF after the last, a *CorruptError, after which nothing more can be read, or the
+// error of the underlying reader. An entry whose stored template digest is all zero is a violation.
 func (r *Reader) Next() (*Entry, error) {
 	e := new(Entry)
 	if err := r.ReadInto(e); err != nil {
@@ -90,13 +91,17 @@ func (r *Reader) Next() (*Entry, error) {
 	return e, nil
 }
 
-// ReadInto is Next into memory that the caller has: what e held is overwritten, its data's room used again. It is for those who
-// look at each entry once; e must be known to no one else.
+// ReadInto is Next into memory that the caller has: what e held is overwritten, its data's room used again. It is for
+// those who look at each entry once; e must be known to no one else.
 func (r *Reader) ReadInto(e *Entry) error {
 	if r.err != nil {
 		return r.err
 	}
 	r.offset = r.next
+	if r.readBuffered(e) {
+		r.entry++
+		return nil
+	}
 	err := r.read(e)
 	switch {
 	case err == nil:
@@ -106,6 +111,34 @@ func (r *Reader) ReadInto(e *Entry) error {
 		r.err = err
 	}
 	return err
+}
+
+// readBuffered reads an entry that is whole in the buffer, good, and of the template of the one before: nearly all are,
+// and it takes half the time. For any other it changes nothing and returns false, and read finds out what there is.
+func (r *Reader) readBuffered(e *Entry) bool {
+	t := r.template
+	if t == nil || t.name == IMA {
+		return false
+	}
+	b, _ := r.r.Peek(r.r.Buffered())
+	name := 4 + r.bank.Size() + 4
+	data := name + len(t.name) + 4
+	if len(b) < data || string(b[name:data-4]) != t.name || binary.LittleEndian.Uint32(b[name-4:]) != uint32(len(t.name)) {
+		return false
+	}
+	pcr, size := binary.LittleEndian.Uint32(b), int64(binary.LittleEndian.Uint32(b[data-4:]))
+	if pcr > MaxPCR || size > maxTemplateData || size > int64(len(b)-data) {
+		return false
+	}
+	end := data + int(size)
+	if t.check(b[data:end], int(size)) != nil {
+		return false
+	}
+	e.template, e.pcr, e.data = t, pcr, append(e.data[:0], b[data:end]...)
+	copy(r.stored[:], b[4:name-4])
+	e.violation = allZero(b[4 : name-4])
+	r.skip(end)
+	return true
 }
 
 func (r *Reader) read(e *Entry) error {
@@ -213,7 +246,8 @@ func (r *Reader) legacyData(e *Entry) error {
 	return nil
 }
 
-// peek returns the next n bytes, n at most the buffer's size; fewer with errCut at the list's end or the reader's error.
+// peek returns the next n bytes, n at most the buffer's size; fewer with errCut at the list's end or the reader's
+// error.
 func (r *Reader) peek(n int) ([]byte, error) {
 	b, err := r.r.Peek(n)
 	if err == io.EOF {
@@ -250,8 +284,9 @@ func allZero(b []byte) bool {
 	return true
 }
 
-// check makes sure that template data of size bytes is exactly the template's fields, so that no later access can go astray. With
-// only a part of it at hand it finds what no continuation could mend: lengths that were changed, as against data that was cut.
+// check makes sure that template data of size bytes is exactly the template's fields, so that no later access can go
+// astray. With only a part of it at hand it finds what no continuation could mend: lengths that were changed, as
+// against data that was cut.
 func (t *template) check(data []byte, size int) error {
 	at := 0
 	for _, f := range t.fields {

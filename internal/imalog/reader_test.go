@@ -30,8 +30,8 @@ func sample(t testing.TB, template, name string) *Entry {
 	return e
 }
 
-// TestReaderCut cuts every vector at every byte (every fifth of a long one): between two entries that is the list's end, inside one it is a cut entry, and
-// never anything else.
+// TestReaderCut cuts every vector at every byte (every fifth of a long one): between two entries that is the list's
+// end, inside one it is a cut entry, and never anything else.
 func TestReaderCut(t *testing.T) {
 	for _, v := range loadVectors(t) {
 		list := v.read(t, ima.SHA256, "bin")

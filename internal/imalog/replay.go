@@ -6,8 +6,8 @@ import (
 	"imans.dev/imans-agent/internal/ima"
 )
 
-// Replay computes the PCR values that a list leads to, from registers that begin at zero. (A TPM's registers 17 to 22 begin at all
-// ones, but no one who writes a list may extend those.) One goroutine uses it.
+// Replay computes the PCR values that a list leads to, from registers that begin at zero. (A TPM's registers 17 to 22
+// begin at all ones, but no one who writes a list may extend those.) One goroutine uses it.
 type Replay struct {
 	banks []replayBank
 }
@@ -43,8 +43,8 @@ func (r *Replay) Extend(e *Entry) {
 	}
 }
 
-// ExtendZeroViolations adds an entry as evmctl does unless it is told --ignore-violations: a violation extends zeros. No kernel
-// does that, so a list with a violation then leads to a value that no TPM has.
+// ExtendZeroViolations adds an entry as evmctl does unless it is told --ignore-violations: a violation extends zeros.
+// No kernel does that, so a list with a violation then leads to a value that no TPM has.
 func (r *Replay) ExtendZeroViolations(e *Entry) {
 	var sum [ima.MaxDigestSize]byte
 	for i := range r.banks {
@@ -53,8 +53,8 @@ func (r *Replay) ExtendZeroViolations(e *Entry) {
 	}
 }
 
-// ExtendDigest extends one register of one bank with a digest that the caller has computed already; a bank that is not replayed
-// is left out.
+// ExtendDigest extends one register of one bank with a digest that the caller has computed already; a bank that is not
+// replayed is left out.
 func (r *Replay) ExtendDigest(pcr int, bank ima.HashAlgo, sum []byte) {
 	for i := range r.banks {
 		if b := &r.banks[i]; b.algo == bank {

@@ -85,8 +85,9 @@ func (t *template) checkAlgo(algo ima.HashAlgo) error {
 	return nil
 }
 
-// CheckDigest reports whether entries of that template can hold file digests of that algorithm: the old field d takes sha1 only
-// (md5 too in a free format), where the kernel hashes the file a second time. Ask when a template is configured.
+// CheckDigest reports whether entries of that template can hold file digests of that algorithm: the old field d takes
+// sha1 only (md5 too in a free format), where the kernel hashes the file a second time. Ask when a template is
+// configured.
 func CheckDigest(templateName string, algo ima.HashAlgo) error {
 	t, err := lookupTemplate(templateName)
 	if err != nil {

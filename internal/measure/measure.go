@@ -6,17 +6,22 @@
 // # What is promised
 //
 // The log is the list: the classic binary_runtime_measurements, byte for byte. An entry is written and synced before its extend
-// is sent, and entries are extended in their order, so that at every moment the PCR is what some prefix of the log replays to.
+// is sent, and entries are extended in their order, so that at every moment the PCRs are what some prefix of the log replays to.
 // The extender always reads what it extends back from the log: that is the same path in everyday work and after a crash.
 //
-// An entry with the same template data and PCR as an earlier one is not appended again; violations always are. Source:
-// security/integrity/ima/ima_queue.c, ima_add_template_entry. Unlike there, append comes before extend.
+// An entry with the same template data and PCR as an earlier one is not appended again; violations always are. As in the
+// kernel, append comes before extend. Source: security/integrity/ima/ima_queue.c, ima_add_template_entry.
+//
+// Memory does not grow with what waits for a TPM, nor with the number of lists that hold an entry, but for a bit: see Store.
 //
 // # What can go wrong
 //
-// A full disk or a dead TPM is waited out: nothing is lost, Status tells. A failed sync is fatal to the list, since the log's state
-// is then unknown: every Receipt gets the error, and the list is recovered by Open. A PCR that no prefix explains is ErrDiverged,
-// never mended.
+// A full disk or a dead TPM is waited out: nothing is lost, Status tells. Any other failed sync is fatal to the list, since the
+// log's state is then unknown: every Receipt gets the error, and the list is recovered by Open. PCRs that no prefix explains are
+// ErrDiverged, never mended; nor is a PCR used that something else has extended, which is ErrForeign.
+//
+// BUG: a TPM that is reset while the list is open and idle is noticed at the next Open, or when a command fails; extends go on
+// till then. It would take a look at TPM2_ReadClock before each batch.
 package measure
 
 import (
@@ -30,6 +35,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"imans.dev/imans-agent/internal/durable"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 )
@@ -84,169 +90,140 @@ type List struct {
 	config Config
 	log    *zap.Logger
 	file   File
-	cancel context.CancelFunc
-	done   sync.WaitGroup
+	cancel context.CancelFunc // ends a TPM command under way
+	done   sync.WaitGroup     // the writer and the extender
+	ended  chan struct{}      // closed when endErr is set
 
-	mu      sync.Mutex
-	changed chan struct{} // closed and replaced whenever something below moves
+	mu         sync.Mutex // guards what follows
+	endErr     error      // ErrClosed, or fatal
+	fatal      error
+	violations int // handed in
+	ids        bitmap
 
-	// Written by Append, taken by the writer.
-	pending      []byte
-	pendingEnds  []int64 // of each pending entry, within pending
-	ids          bitmap  // of the Store's ids that the list holds
-	accepted     int     // entries handed in
-	violations   int
-	closed       bool
-	fatal        error
-	writeTrouble error
+	// Added to by Append, taken by the writer.
+	accepted    mark // entries handed in
+	pending     []byte
+	pendingEnds []int64 // of each pending entry, within pending
+	pendingMax  int     // bytes at which Append waits
+
+	// Of Append alone: which entry a duplicate is one of. Entries that have left recent count as number unrecent, which is
+	// not lower than theirs.
+	recent   map[uint32]int
+	unrecent int
 
 	// Written by the writer.
-	logged     int   // entries in the log, durable
-	loggedSize int64 // bytes
-	index      []int64
+	logged       mark    // entries in the log, durable
+	loggedSize   int64   // their bytes
+	index        []int64 // where each 256th ends
+	writeTrouble error
 
 	// Written by the extender.
-	extended   int
+	extended   mark
 	tpmTrouble error
 }
 
-// indexEvery is how many entries lie between two kept offsets of the log.
-const indexEvery = 256
+// pendingMax bounds the memory that entries may take while the disk is full. Then Append waits, its caller stops taking events
+// from the kernel side, and what that can't keep either is counted as lost.
+const pendingMax = 64 << 20
 
-// Recovery tells what Open found.
-type Recovery struct {
-	Entries    int   // in the log
-	CutBytes   int64 // of an incomplete entry at the log's end, removed
-	Unextended int   // entries that were logged but not extended before
-}
+// recentMax is how many entries are remembered by number, for their duplicates.
+const recentMax = 256
 
 // Open recovers the list in the folder, or begins it. Errors: ErrAltered, ErrDiverged, ErrForeign, with numbers and what to do;
-// then neither log nor TPM was changed. The list's goroutines end with Close.
+// then neither log nor TPM was changed. durable.ErrLocked: another process has it open. The context is for opening only. The
+// list owns two goroutines, a writer and (with a TPM) an extender, that end with Close.
 func Open(ctx context.Context, c Config) (*List, Recovery, error) {
 	if c.OpenFile == nil {
-		c.OpenFile = func(path string) (File, error) { return os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600) }
+		c.OpenFile = func(path string) (File, error) { return durable.OpenLog(path) }
 	}
 	path := filepath.Join(c.Dir, LogName)
 	file, err := c.OpenFile(path)
 	if err != nil {
 		return nil, Recovery{}, fmt.Errorf("open list: %w", err)
 	}
-	l := &List{config: c, log: c.Log.With(zap.String("log", path)), file: file, changed: make(chan struct{})}
-	recovery, err := l.recover(ctx)
+	l := &List{
+		config: c, log: c.Log.With(zap.String("log", path)), file: file, ended: make(chan struct{}),
+		recent: make(map[uint32]int), pendingMax: pendingMax,
+	}
+	recovery, x, err := l.recover(ctx)
+	var first *imalog.Entry
+	if err == nil && l.logged.n == 0 {
+		first, err = l.bootAggregate(ctx)
+	}
 	if err != nil {
-		file.Close()
 		c.Store.release(&l.ids)
-		return nil, recovery, fmt.Errorf("open list %s: %w", path, err)
+		return nil, recovery, errors.Join(fmt.Errorf("open list %s: %w", path, err), file.Close())
 	}
-	ctx, l.cancel = context.WithCancel(context.Background())
-	l.done.Go(func() { l.write(ctx) })
-	if c.TPM != nil {
-		l.done.Go(func() { l.extend(ctx) })
+	var running context.Context
+	running, l.cancel = context.WithCancel(context.Background())
+	l.done.Go(l.write)
+	if x != nil {
+		l.done.Go(func() { x.run(running) })
 	}
-	if l.accepted == 0 {
-		err = l.begin(ctx)
-	}
-	if err != nil {
-		return nil, recovery, errors.Join(fmt.Errorf("open list %s: %w", path, err), l.Close())
+	if first != nil {
+		l.Append(first)
 	}
 	return l, recovery, nil
 }
 
-// begin appends the first entry. Without a TPM the digest is zero, as the kernel's is.
-func (l *List) begin(ctx context.Context) error {
+// bootAggregate makes the first entry. Without a TPM the digest is zero, as the kernel's is.
+func (l *List) bootAggregate(ctx context.Context) (*imalog.Entry, error) {
 	d := ima.ZeroDigest(l.config.Algo)
 	if t := l.config.TPM; t != nil {
-		bank := t.Banks()[0]
-		for _, b := range t.Banks() {
-			if b == l.config.Algo {
-				bank = b
-			}
-		}
 		var err error
-		if d, err = t.BootAggregate(ctx, bank); err != nil {
-			return err
+		if d, err = t.BootAggregate(ctx, l.config.Algo); err != nil {
+			return nil, err
 		}
 	}
-	e, err := imalog.BootAggregate(l.config.PCR, l.config.Template, d)
-	if err != nil {
-		return err
-	}
-	l.Append(e)
-	return nil
+	return imalog.BootAggregate(l.config.PCR, l.config.Template, d)
 }
 
-// Receipt waits for what becomes of an entry.
-type Receipt struct {
-	list *List
-	n    int // how many entries must be through
-}
-
-// Append hands an entry in. A duplicate is not appended; its Receipt waits for the earlier one.
+// Append hands an entry in. A duplicate is not appended; its Receipt is the first one's. For one goroutine. It waits only while
+// the disk is full and too much is pending.
 func (l *List) Append(e *imalog.Entry) Receipt {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.closed || l.fatal != nil {
-		return Receipt{l, l.accepted + 1}
+	for len(l.pending) > l.pendingMax && l.endErr == nil {
+		batch := l.accepted.n - len(l.pendingEnds) // what the writer has taken
+		l.mu.Unlock()
+		l.await(context.Background(), &l.logged, batch+1) // its error is endErr
+		l.mu.Lock()
+	}
+	if l.endErr != nil {
+		return Receipt{l, l.accepted.n + 1}
 	}
 	if e.Violation() {
 		l.violations++
-	} else if !l.config.Store.add(&l.ids, keyOf(e)) {
-		return Receipt{l, l.accepted}
+	} else if id, added := l.config.Store.add(&l.ids, keyOf(e)); !added {
+		n, ok := l.recent[id]
+		if !ok {
+			n = l.unrecent
+		}
+		return Receipt{l, n}
+	} else {
+		if len(l.recent) == recentMax {
+			l.unrecent = l.accepted.n
+			clear(l.recent)
+		}
+		l.recent[id] = l.accepted.n + 1
 	}
 	l.pending = e.AppendBinary(l.pending, ima.SHA1)
 	l.pendingEnds = append(l.pendingEnds, int64(len(l.pending)))
-	l.accepted++
-	l.notify()
-	return Receipt{l, l.accepted}
+	l.accepted.advance(l.accepted.n + 1)
+	return Receipt{l, l.accepted.n}
 }
 
-// notify wakes all who wait. l.mu is held.
-func (l *List) notify() {
-	close(l.changed)
-	l.changed = make(chan struct{})
-}
-
-// await waits until ready says so; it is called with l.mu held.
-func (l *List) await(ctx context.Context, ready func() bool) error {
-	for {
-		l.mu.Lock()
-		ok, changed, fatal, closed := ready(), l.changed, l.fatal, l.closed
-		l.mu.Unlock()
-		switch {
-		case ok:
-			return nil
-		case fatal != nil:
-			return fatal
-		case closed:
-			return ErrClosed
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
+// CheckPCR reports whether entries for a register can be appended, such as one that a policy names: ErrForeign if something
+// else has extended it. It is for a register that the list has not used yet; an entry for one that fails here ends the list.
+func (l *List) CheckPCR(ctx context.Context, pcr int) error {
+	if l.config.TPM == nil {
+		return nil
 	}
-}
-
-// Logged waits until the entry is in the log, durable.
-func (r Receipt) Logged(ctx context.Context) error {
-	return r.list.await(ctx, func() bool { return r.list.logged >= r.n })
-}
-
-// Extended waits until the entry is in the TPM; without a TPM, until it is logged.
-func (r Receipt) Extended(ctx context.Context) error {
-	if r.list.config.TPM == nil {
-		return r.Logged(ctx)
+	held, err := l.config.TPM.ReadPCR(ctx, pcr)
+	if err == nil && !allZero(held) {
+		err = foreign(pcr, held)
 	}
-	return r.list.await(ctx, func() bool { return r.list.extended >= r.n })
-}
-
-// Barrier waits until all that was handed in so far is in the log.
-func (l *List) Barrier(ctx context.Context) error {
-	l.mu.Lock()
-	n := l.accepted
-	l.mu.Unlock()
-	return Receipt{l, n}.Logged(ctx)
+	return err
 }
 
 // Status is a list's state at one moment.
@@ -265,23 +242,33 @@ func (l *List) Status() Status {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return Status{
-		Entries: l.logged, Violations: l.violations, Extended: l.extended, Size: l.loggedSize,
+		Entries: l.logged.n, Violations: l.violations, Extended: l.extended.n, Size: l.loggedSize,
 		LogError: l.writeTrouble, TPMError: l.tpmTrouble, Fatal: l.fatal,
 	}
 }
 
-// Close ends the list's work. Entries handed in and not yet logged are written first; what is logged and not extended is
-// extended by the next Open.
+// closeTimeout bounds how long Close waits for the disk, and then for a TPM command under way.
+const closeTimeout = 10 * time.Second
+
+// Close ends the list's work. Entries handed in and not yet logged are written first, and if the disk does not take them that is
+// an error; what is logged and not extended is extended by the next Open.
 func (l *List) Close() error {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
 	err := l.Barrier(ctx)
+	if err != nil && !errors.Is(err, ErrClosed) {
+		l.mu.Lock()
+		err = fmt.Errorf("close list: %d entries are not in the log: %w", l.accepted.n-l.logged.n, err)
+		l.mu.Unlock()
+	}
 	l.mu.Lock()
-	l.closed = true
-	l.notify()
+	l.end(ErrClosed)
 	l.mu.Unlock()
-	l.cancel()
+	// The command is let finish: the connection stays good, and the next Open has nothing to find out.
+	kill := time.AfterFunc(closeTimeout, l.cancel)
 	l.done.Wait()
+	kill.Stop()
+	l.cancel()
 	l.config.Store.release(&l.ids)
 	return errors.Join(err, l.file.Close())
 }

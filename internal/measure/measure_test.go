@@ -9,45 +9,41 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"go.uber.org/zap"
-	"go.uber.org/zap/zaptest"
 
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/tpmext"
-	"imans.dev/imans-agent/internal/vtpm"
+	"imans.dev/imans-agent/internal/tpmext/tpmtest"
 )
 
 // bench is a folder with a real swtpm beside it.
 type bench struct {
-	t   *testing.T
-	dir string
-	tpm *tpmext.TPM
+	t     testing.TB
+	dir   string
+	swtpm *tpmtest.Swtpm
+	tpm   *tpmext.TPM
 }
 
-func newBench(t *testing.T) *bench {
+func newBench(t testing.TB) *bench {
 	t.Helper()
-	dir := t.TempDir()
-	i, err := vtpm.Start(t.Context(), vtpm.Config{Program: "swtpm", Dir: filepath.Join(dir, "tpm"), Socket: filepath.Join(dir, "s")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { i.Stop() })
-	tpm, err := tpmext.Open(t.Context(), i.Address())
+	swtpm := tpmtest.Start(t)
+	tpm, err := tpmext.Open(t.Context(), swtpm.Address())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { tpm.Close() })
-	return &bench{t, dir, tpm}
+	return &bench{t, t.TempDir(), swtpm, tpm}
 }
 
 func (b *bench) config() Config {
 	return Config{
 		Dir: b.dir, PCR: 10, Template: imalog.NG, Algo: ima.SHA256, TPM: b.tpm, Store: NewStore(),
-		Log: zaptest.NewLogger(b.t, zaptest.Level(zap.ErrorLevel)),
+		Log: zap.NewNop(),
 	}
 }
 
@@ -60,7 +56,7 @@ func (b *bench) open(c Config) (*List, Recovery) {
 	return l, r
 }
 
-func entry(t *testing.T, n int) *imalog.Entry {
+func entry(t testing.TB, n int) *imalog.Entry {
 	t.Helper()
 	d, err := ima.NewDigest(ima.SHA256, bytes.Repeat([]byte{byte(n + 1)}, 32))
 	if err != nil {
@@ -73,7 +69,7 @@ func entry(t *testing.T, n int) *imalog.Entry {
 	return e
 }
 
-func violation(t *testing.T) *imalog.Entry {
+func violation(t testing.TB) *imalog.Entry {
 	t.Helper()
 	e, err := imalog.NewViolation(10, imalog.NG, imalog.FieldValues{Digest: ima.ZeroDigest(ima.SHA256), Name: "/lost"})
 	if err != nil {
@@ -82,7 +78,7 @@ func violation(t *testing.T) *imalog.Entry {
 	return e
 }
 
-// check is the oracle: it reads the log's file anew, replays it, and compares with what the TPM says.
+// check is the oracle: it reads the log's file anew, replays it, and compares with what the TPM says of every register.
 func (b *bench) check() []string {
 	b.t.Helper()
 	f, err := os.Open(filepath.Join(b.dir, LogName))
@@ -103,19 +99,21 @@ func (b *bench) check() []string {
 		replay.Extend(e)
 		names = append(names, e.Name())
 	}
-	held, err := b.tpm.ReadPCR(b.t.Context(), 10)
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	for bank, v := range held {
-		if replay.Value(10, bank) != v {
-			b.t.Errorf("%s: PCR 10 is %v, the log replays to %v", bank, v, replay.Value(10, bank))
+	for pcr := range 17 {
+		held, err := b.tpm.ReadPCR(b.t.Context(), pcr)
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		for bank, v := range held {
+			if replay.Value(pcr, bank) != v {
+				b.t.Errorf("%s: PCR %d is %v, the log replays to %v", bank, pcr, v, replay.Value(pcr, bank))
+			}
 		}
 	}
 	return names
 }
 
-func await(t *testing.T, wait func(context.Context) error) {
+func await(t testing.TB, wait func(context.Context) error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
@@ -127,13 +125,11 @@ func await(t *testing.T, wait func(context.Context) error) {
 func TestListKeepsOrderAndDropsDuplicates(t *testing.T) {
 	b := newBench(t)
 	l, _ := b.open(b.config())
-	var last Receipt
 	for i := range 600 {
-		last = l.Append(entry(t, i%300))
+		l.Append(entry(t, i%300))
 	}
-	last = l.Append(violation(t))
-	last = l.Append(violation(t))
-	await(t, last.Extended)
+	l.Append(violation(t))
+	await(t, l.Append(violation(t)).Extended)
 	s := l.Status()
 	if s.Entries != 303 || s.Extended != 303 || s.Violations != 2 {
 		t.Errorf("status %+v, want 1 + 300 + 2 entries", s)
@@ -186,12 +182,12 @@ func TestRecoveryOfDamagedLogs(t *testing.T) {
 		want   error
 		keep   int
 	}{
-		"cut in the last entry":       {func(b []byte) []byte { return append(b, b[:20]...) }, nil, 3},
-		"an extended entry cut off":   {func(b []byte) []byte { return b[:len(b)-5] }, ErrDiverged, 0},
-		"a byte of a name changed":    {func(b []byte) []byte { b[len(b)-3] ^= 1; return b }, ErrAltered, 0},
-		"a length changed":            {func(b []byte) []byte { b[24+6] = 0xff; return b }, ErrAltered, 0},
-		"emptied":                     {func([]byte) []byte { return nil }, ErrForeign, 0},
-		"an entry of ours inserted":   {func(b []byte) []byte { return append(b[:len(b):len(b)], b...) }, nil, 6},
+		"cut in the last entry":     {func(b []byte) []byte { return append(b, b[:20]...) }, nil, 3},
+		"an extended entry cut off": {func(b []byte) []byte { return b[:len(b)-5] }, ErrDiverged, 0},
+		"a byte of a name changed":  {func(b []byte) []byte { b[len(b)-3] ^= 1; return b }, ErrAltered, 0},
+		"a length changed":          {func(b []byte) []byte { b[24+6] = 0xff; return b }, ErrAltered, 0},
+		"emptied":                   {func([]byte) []byte { return nil }, ErrForeign, 0},
+		"an entry of ours inserted": {func(b []byte) []byte { return append(b[:len(b):len(b)], b...) }, nil, 6},
 		"two valid entries swapped": {swapLastTwo, ErrDiverged, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -267,8 +263,11 @@ func TestStoreSharesAndForgets(t *testing.T) {
 	var a, b bitmap
 	for i := range 1000 {
 		k := key{byte(i), byte(i >> 8)}
-		if !s.add(&a, k) || s.add(&a, k) || !s.add(&b, k) {
-			t.Fatal("add")
+		id, added := s.add(&a, k)
+		again, twice := s.add(&a, k)
+		other, addedToOther := s.add(&b, k)
+		if !added || twice || !addedToOther || again != id || other != id {
+			t.Fatalf("add: %d %v, %d %v, %d %v", id, added, again, twice, other, addedToOther)
 		}
 	}
 	if s.Len() != 1000 {
@@ -282,7 +281,7 @@ func TestStoreSharesAndForgets(t *testing.T) {
 	if s.Len() != 0 {
 		t.Errorf("%d entries left of no list", s.Len())
 	}
-	if s.add(&a, key{1}); len(s.keys) != 1000 {
+	if _, added := s.add(&a, key{1}); !added || len(s.keys) != 1000 {
 		t.Errorf("an id was not reused: %d keys", len(s.keys))
 	}
 }
@@ -291,7 +290,6 @@ func TestStoreSharesAndForgets(t *testing.T) {
 func TestFullDiskIsWaitedOut(t *testing.T) {
 	b := newBench(t)
 	c := b.config()
-	c.Log = zap.NewNop()
 	full := &faults{failures: map[string]int{}}
 	c.OpenFile = full.open
 	l, _ := b.open(c)
@@ -311,11 +309,11 @@ func TestFullDiskIsWaitedOut(t *testing.T) {
 func TestFailedSyncIsFatalAndRecovered(t *testing.T) {
 	b := newBench(t)
 	c := b.config()
-	c.Log = zap.NewNop()
 	faulty := &faults{failures: map[string]int{}}
 	c.OpenFile = faulty.open
 	l, _ := b.open(c)
 	await(t, l.Append(entry(t, 1)).Extended)
+	faulty.cause = syscall.EIO
 	faulty.fail("sync", 1)
 	if err := l.Append(entry(t, 2)).Logged(t.Context()); err == nil || !strings.Contains(err.Error(), "sync") {
 		t.Errorf("Logged: %v", err)

@@ -2,7 +2,6 @@ package measure
 
 import (
 	"crypto/sha256"
-	"encoding/binary"
 	"math/bits"
 	"sync"
 
@@ -21,18 +20,17 @@ type Store struct {
 	free []uint32
 }
 
-// key stands for an entry's template data, template and PCR.
+// key stands for an entry's template data and PCR, which is what the kernel compares. Source: ima_lookup_digest_entry in
+// security/integrity/ima/ima_queue.c.
 type key [sha256.Size]byte
 
 func keyOf(e *imalog.Entry) key {
 	h := sha256.New()
-	var pcr [4]byte
-	binary.LittleEndian.PutUint32(pcr[:], uint32(e.PCR()))
-	h.Write(pcr[:])
-	h.Write([]byte(e.Template()))
-	h.Write([]byte{0})
+	h.Write([]byte{byte(e.PCR())})
 	h.Write(e.Data())
-	return key(h.Sum(nil))
+	var k key
+	h.Sum(k[:0])
+	return k
 }
 
 // NewStore makes an empty store.
@@ -45,20 +43,20 @@ func (s *Store) Len() int {
 	return len(s.ids)
 }
 
-// add puts an entry into a list's bitmap; false if it was there.
-func (s *Store) add(b *bitmap, k key) bool {
+// add puts an entry into a list's bitmap and returns its id; added is false if it was there.
+func (s *Store) add(b *bitmap, k key) (id uint32, added bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	id, ok := s.ids[k]
 	if ok && b.has(id) {
-		return false
+		return id, false
 	}
 	if !ok {
 		id = s.newID(k)
 	}
 	s.refs[id]++
 	b.set(id)
-	return true
+	return id, true
 }
 
 func (s *Store) newID(k key) uint32 {
@@ -78,30 +76,47 @@ func (s *Store) newID(k key) uint32 {
 func (s *Store) release(b *bitmap) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i, word := range b.words {
-		for ; word != 0; word &= word - 1 {
-			id := uint32(i*64 + bits.TrailingZeros64(word))
-			if s.refs[id]--; s.refs[id] == 0 {
-				delete(s.ids, s.keys[id])
-				s.free = append(s.free, id)
-			}
+	b.each(func(id uint32) {
+		if s.refs[id]--; s.refs[id] == 0 {
+			delete(s.ids, s.keys[id])
+			s.free = append(s.free, id)
 		}
-	}
-	b.words = nil
+	})
+	b.pages = nil
 }
 
-// bitmap is a set of ids.
-type bitmap struct{ words []uint64 }
+// bitmap is a set of ids, in pages that are there only where there are ids: a short list among long ones is short.
+type bitmap struct{ pages []*page }
+
+type page [64]uint64
+
+const pageBits = 64 * 64
 
 func (b *bitmap) has(id uint32) bool {
-	i := int(id / 64)
-	return i < len(b.words) && b.words[i]&(1<<(id%64)) != 0
+	i, at := int(id/pageBits), id%pageBits
+	return i < len(b.pages) && b.pages[i] != nil && b.pages[i][at/64]&(1<<(at%64)) != 0
 }
 
 func (b *bitmap) set(id uint32) {
-	i := int(id / 64)
-	if i >= len(b.words) {
-		b.words = append(b.words, make([]uint64, i+1-len(b.words))...)
+	i, at := int(id/pageBits), id%pageBits
+	for i >= len(b.pages) {
+		b.pages = append(b.pages, nil)
 	}
-	b.words[i] |= 1 << (id % 64)
+	if b.pages[i] == nil {
+		b.pages[i] = new(page)
+	}
+	b.pages[i][at/64] |= 1 << (at % 64)
+}
+
+func (b *bitmap) each(visit func(id uint32)) {
+	for i, p := range b.pages {
+		if p == nil {
+			continue
+		}
+		for j, word := range p {
+			for ; word != 0; word &= word - 1 {
+				visit(uint32(i*pageBits + j*64 + bits.TrailingZeros64(word)))
+			}
+		}
+	}
 }

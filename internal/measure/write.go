@@ -2,70 +2,82 @@ package measure
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"io"
 	"time"
 
 	"go.uber.org/zap"
-
-	"imans.dev/imans-agent/internal/ima"
-	"imans.dev/imans-agent/internal/imalog"
+	"golang.org/x/sys/unix"
 )
 
-// write takes what was handed in, as one batch, and makes it durable. It runs until the list is closed.
-func (l *List) write(ctx context.Context) {
+// Pauses between two tries of what does not work for now: a full disk, a dead TPM.
+const (
+	firstPause   = 10 * time.Millisecond
+	longestPause = time.Second
+)
+
+// spareMax bounds the memory, in bytes, that is kept from one batch for the next.
+const spareMax = 16 << 10
+
+// write takes what was handed in, as one batch, and makes it durable. It runs until the list ends.
+func (l *List) write() {
+	var batch []byte
+	var ends []int64
 	for {
-		if l.await(ctx, func() bool { return len(l.pending) > 0 }) != nil {
+		if cap(batch) > spareMax || cap(ends) > spareMax/64 {
+			batch, ends = nil, nil
+		}
+		if l.await(context.Background(), &l.accepted, l.logged.n+1) != nil {
 			return
 		}
 		l.mu.Lock()
-		batch, ends := l.pending, l.pendingEnds
-		l.pending, l.pendingEnds = nil, nil
+		batch, l.pending = l.pending, batch[:0]
+		ends, l.pendingEnds = l.pendingEnds, ends[:0]
 		at := l.loggedSize
 		l.mu.Unlock()
-		if !l.writeBatch(ctx, batch, at) {
+		if !l.writeBatch(batch, at) {
 			return
 		}
 		l.mu.Lock()
 		for _, end := range ends {
-			l.logged++
-			l.loggedSize = at + end
-			if l.logged%indexEvery == 0 {
-				l.index = append(l.index, l.loggedSize)
-			}
+			l.noteLogged(at + end)
 		}
-		l.notify()
 		l.mu.Unlock()
 	}
 }
 
 // writeBatch writes until it succeeds: a full disk is waited out, and an incomplete write is taken back, so that the log never
-// ends in half an entry while the agent lives. False: closed, or fatal.
-func (l *List) writeBatch(ctx context.Context, batch []byte, at int64) bool {
-	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+// ends in half an entry while the agent lives. False: the list has ended.
+func (l *List) writeBatch(batch []byte, at int64) bool {
+	for pause := firstPause; ; pause = min(2*pause, longestPause) {
 		_, err := l.file.WriteAt(batch, at)
 		if err == nil {
-			// Commit point: before the sync a crash may lose the batch, whose events are still in the ring buffer; after it the
-			// next Open finds it. Nothing of it has been extended yet.
-			if err := l.file.Sync(); err != nil {
+			// Commit point: before the sync a crash may lose the batch, whose events the kernel side still has as pending; after
+			// it the next Open finds it. Nothing of it has been extended yet.
+			err = l.file.Sync()
+			if err != nil && !isFull(err) {
 				l.fail(fmt.Errorf("append to list: sync: %w; restart the agent", err))
 				return false
 			}
+		}
+		if err == nil {
 			l.trouble(&l.writeTrouble, nil, "writing resumed")
 			return true
 		}
+		// A sync may also be what finds the disk full. What it failed to write must be written anew, not synced again: the
+		// kernel may have marked it clean.
 		if err2 := l.file.Truncate(at); err2 != nil {
 			l.fail(fmt.Errorf("append to list: %w; take the part back: %w; restart the agent", err, err2))
 			return false
 		}
 		l.trouble(&l.writeTrouble, err, "can't write the list, waiting; make room on its disk")
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
+		if !l.pause(pause) {
 			return false
 		}
 	}
 }
+
+func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
 // fail ends the list.
 func (l *List) fail(err error) {
@@ -73,7 +85,7 @@ func (l *List) fail(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.fatal = err
-	l.notify()
+	l.end(err)
 }
 
 // trouble notes why work waits, and says so once.
@@ -88,52 +100,4 @@ func (l *List) trouble(which *error, err error, message string) {
 	case err == nil && before != nil:
 		l.log.Info(message, zap.NamedError("was", before))
 	}
-}
-
-// Reader returns a reader of the log as it is now, from entry number first (0 is boot_aggregate), and how many entries it has.
-// The log only grows, so the reader stays good.
-func (l *List) Reader(first int) (*imalog.Reader, int, error) {
-	l.mu.Lock()
-	size, entries := l.loggedSize, l.logged
-	var at int64
-	n := min(first, entries) / indexEvery
-	if n > 0 {
-		at = l.index[n-1]
-	}
-	l.mu.Unlock()
-	r := imalog.NewReader(io.NewSectionReader(l.file, at, size-at), ima.SHA1)
-	for i := n * indexEvery; i < min(first, entries); i++ {
-		if _, err := r.Next(); err != nil {
-			return nil, 0, fmt.Errorf("read list: %w", err)
-		}
-	}
-	return r, max(0, entries-first), nil
-}
-
-// Snapshot returns the log's bytes as they are now: a binary_runtime_measurements.
-func (l *List) Snapshot() *io.SectionReader {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return io.NewSectionReader(l.file, 0, l.loggedSize)
-}
-
-// AwaitEntries waits until the list has more than n entries.
-func (l *List) AwaitEntries(ctx context.Context, n int) error {
-	return l.await(ctx, func() bool { return l.logged > n })
-}
-
-// Settle waits until all that was handed in is in the log and, with a TPM, extended.
-func (l *List) Settle(ctx context.Context) error {
-	l.mu.Lock()
-	n := l.accepted
-	l.mu.Unlock()
-	return Receipt{l, n}.Extended(ctx)
-}
-
-// PCRs returns the list's register in each bank, as the TPM has it now. Without a TPM it is an error.
-func (l *List) PCRs(ctx context.Context) (map[ima.HashAlgo]ima.Digest, error) {
-	if l.config.TPM == nil {
-		return nil, fmt.Errorf("read PCR %d: this list has no TPM", l.config.PCR)
-	}
-	return l.config.TPM.ReadPCR(ctx, l.config.PCR)
 }

@@ -6,54 +6,40 @@ import (
 	"imans.dev/imans-agent/internal/ima"
 )
 
-// Query is one event, as rules can name it. Ids are those of the initial user namespace.
+// Query is one event, as rules can name it. Ids are those of the initial user namespace; FOwner and FGroup are those of
+// the file as its mount shows it (idmapped mounts).
 type Query struct {
 	Func              ima.Func
-	Mask              ima.Mask
+	Mask              ima.Mask // what is asked for: the kernel's MAY_* bits
 	FSMagic           uint64
 	FSName            string
+	FSSubtype         string // "": the file system has none
 	FSUUID            [16]byte
 	UID, EUID, SUID   uint32
 	GID, EGID, SGID   uint32
 	FOwner, FGroup    uint32
-	CapSetUID         bool // effective: euid rules then look at suid and uid too
-	CapSetGID         bool
-	Labels            [numLabels]string // obj_user, obj_role, obj_type, subj_user, subj_role, subj_type
-	Keyring, DataName string            // KEY_CHECK: the keyring; CRITICAL_DATA: the label
-}
-
-// Decision is one policy's answer.
-type Decision struct {
-	Actions  ima.Action
-	PCR      int    // of the matching rules; -1: none says
-	Template string // the same; "": none says
-	Verity   bool   // the digest wanted is fs-verity's
+	CapSetUID         bool // effective CAP_SETUID: euid conditions then look at suid and uid too
+	CapSetGID         bool // the same of CAP_SETGID and egid conditions
+	Labels            Labels
+	Keyring, DataName string // KEY_CHECK: the keyring's name; CRITICAL_DATA: the label; "": there is none
 }
 
 // Match finds what the policy wants of an event. Source: ima_policy.c, ima_match_policy.
 func (p *Policy) Match(q *Query) Decision {
 	d := Decision{PCR: -1}
-	open := ima.Measure | ima.Appraise | ima.Audit | ima.Hash
+	open := p.asked
 	for _, r := range p.rules {
+		if open == 0 {
+			break
+		}
 		adds, kind := r.Action.does()
 		if open&kind == 0 || !r.match(q) {
 			continue
 		}
-		d.Actions |= adds
-		if adds == ima.Appraise {
-			d.Actions &^= ima.Hash
-			open &^= ima.Hash
-		}
 		open &^= kind
-		d.Verity = d.Verity || r.has(flagVerity)
-		if r.has(flagPCR) {
-			d.PCR = r.pcr
-		}
-		if r.template != "" {
-			d.Template = r.template
-		}
-		if open == 0 {
-			break
+		d.take(r, q, adds)
+		if adds == ima.Appraise {
+			d.Appraisal.FailUnverifiable = p.failUnverifiable
 		}
 	}
 	return d
@@ -61,24 +47,53 @@ func (p *Policy) Match(q *Query) Decision {
 
 // match is ima_match_rules.
 func (r *Rule) match(q *Query) bool {
-	if r.has(flagFunc) && r.Func != q.Func {
+	if !r.matchFunc(q) {
 		return false
 	}
-	switch q.Func {
-	case ima.KeyCheck, ima.CriticalData:
-		return r.Func == q.Func && r.matchData(q)
+	if isData(q.Func) {
+		return r.matchData(q)
 	}
+	return r.matchMask(q) && r.matchFile(q) && r.matchSubject(q) && r.labels.match(q.Labels)
+}
+
+// isData reports whether a function is about data in memory, to which most conditions do not apply.
+func isData(f ima.Func) bool { return f == ima.KeyCheck || f == ima.CriticalData }
+
+// matchFunc: POST_SETATTR (may the mode, owner or xattrs change?) stands for all functions, as any rule may have been
+// what the file was appraised by.
+func (r *Rule) matchFunc(q *Query) bool {
 	switch {
-	case r.has(flagMask) && r.mask != q.Mask,
-		r.has(flagInMask) && r.mask&q.Mask == 0,
-		r.has(flagFSMagic) && r.fsMagic != q.FSMagic,
+	case isData(q.Func):
+		return r.Func == q.Func
+	case q.Func == ima.PostSetattr:
+		return true
+	}
+	return !r.has(flagFunc) || r.Func == q.Func
+}
+
+func (r *Rule) matchMask(q *Query) bool {
+	switch {
+	case q.Func == ima.PostSetattr:
+		return true
+	case r.has(flagMask):
+		return r.mask == q.Mask
+	case r.has(flagInMask):
+		return r.mask&q.Mask != 0
+	}
+	return true
+}
+
+func (r *Rule) matchFile(q *Query) bool {
+	switch {
+	case r.has(flagFSMagic) && r.fsMagic != q.FSMagic,
 		r.has(flagFSName) && r.fsName != q.FSName,
+		r.has(flagFSSubtype) && r.fsSubtype != q.FSSubtype,
 		r.has(flagFSUUID) && r.fsUUID != q.FSUUID,
 		r.has(flagFOwner) && !r.fowner.match(q.FOwner),
 		r.has(flagFGroup) && !r.fgroup.match(q.FGroup):
 		return false
 	}
-	return r.matchSubject(q) && r.matchLabels(q)
+	return true
 }
 
 func (r *Rule) matchSubject(q *Query) bool {
@@ -95,23 +110,13 @@ func (r *Rule) matchSubject(q *Query) bool {
 	return true
 }
 
-func (r *Rule) matchLabels(q *Query) bool {
-	for i, label := range r.lsm {
-		if label != "" && label != q.Labels[i] {
-			return false
-		}
-	}
-	return true
-}
-
-// matchData is ima_match_rule_data.
+// matchData is ima_match_rule_data. A gid condition is taken by Parse and not looked at here: so it is in the kernel.
 func (r *Rule) matchData(q *Query) bool {
 	if r.has(flagUID) && !r.uid.match(q.UID) {
 		return false
 	}
-	list, name := r.keyrings, q.Keyring
-	if r.Func == ima.CriticalData {
-		list, name = r.labels, q.DataName
+	if r.Func == ima.KeyCheck {
+		return !r.has(flagKeyrings) || slices.Contains(r.keyrings, q.Keyring)
 	}
-	return list == nil || slices.Contains(list, name)
+	return !r.has(flagDataNames) || slices.Contains(r.dataNames, q.DataName)
 }

@@ -3,8 +3,6 @@ package policy
 import (
 	"fmt"
 	"strings"
-
-	"imans.dev/imans-agent/internal/ima"
 )
 
 // String prints the rules as the kernel's policy file does, one a line, each with a space before its newline.
@@ -26,12 +24,13 @@ func (r *Rule) String() string {
 		}
 	}
 	put(flagFunc, "func=%v", r.Func)
-	put(flagMask, "mask=%s", maskName(r.mask))
-	put(flagInMask, "mask=^%s", maskName(r.mask))
+	put(flagMask, "mask=%s", r.maskName())
+	put(flagInMask, "mask=^%s", r.maskName())
 	put(flagFSMagic, "fsmagic=0x%x", r.fsMagic)
 	put(flagFSName, "fsname=%s", r.fsName)
+	put(flagFSSubtype, "fs_subtype=%s", r.fsSubtype)
 	put(flagKeyrings, "keyrings=%s", strings.Join(r.keyrings, "|"))
-	put(flagLabel, "label=%s", strings.Join(r.labels, "|"))
+	put(flagDataNames, "label=%s", strings.Join(r.dataNames, "|"))
 	put(flagPCR, "pcr=%d", r.pcr)
 	u := r.fsUUID
 	put(flagFSUUID, "fsuuid=%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
@@ -41,10 +40,10 @@ func (r *Rule) String() string {
 	put(flagEGID, "egid%v", r.gid)
 	put(flagFOwner, "fowner%v", r.fowner)
 	put(flagFGroup, "fgroup%v", r.fgroup)
-	put(flagAlgos, "appraise_algos=%s", joinAlgos(r.algos))
-	for i, label := range r.lsm {
+	put(flagAlgos, "appraise_algos=%v", r.algos)
+	for i, label := range r.labels {
 		if label != "" {
-			fmt.Fprintf(&b, "%s=%s ", labelNames[i], label)
+			fmt.Fprintf(&b, "%v=%s ", Label(i), label)
 		}
 	}
 	if r.template != "" {
@@ -54,7 +53,7 @@ func (r *Rule) String() string {
 	case r.has(flagVerity):
 		put(flagDigsig, "appraise_type=sigv3")
 	case r.has(flagModsig):
-		put(flagModsig, "appraise_type=imasig|modsig")
+		put(flagDigsig, "appraise_type=imasig|modsig")
 	default:
 		put(flagDigsig, "appraise_type=imasig")
 	}
@@ -63,23 +62,14 @@ func (r *Rule) String() string {
 	return b.String() + "\n"
 }
 
-// String is the operator and the id; the kernel prints ids as signed numbers, and so reads back none above 2147483647: here
-// they are unsigned.
+// String is the operator and the id.
 func (c idCondition) String() string { return fmt.Sprintf("%c%d", c.op, c.id) }
 
-func maskName(m ima.Mask) string {
+func (r *Rule) maskName() string {
 	for _, n := range maskNames {
-		if n.mask == m {
+		if n.mask == r.mask {
 			return n.name
 		}
 	}
 	return ""
-}
-
-func joinAlgos(algos []ima.HashAlgo) string {
-	var names []string
-	for _, a := range algos {
-		names = append(names, a.String())
-	}
-	return strings.Join(names, ",")
 }

@@ -3,136 +3,94 @@ package policy
 import (
 	"errors"
 	"fmt"
-	"slices"
+	"strings"
 
 	"imans.dev/imans-agent/internal/ima"
 )
 
 // What a rule of each group of functions may have. Source: ima_policy.c, ima_validate_rule.
 const (
-	inodeFlags = flagFunc | flagFSMagic | flagFSName | flagFSUUID | flagUID | flagEUID | flagGID | flagEGID | flagFOwner |
-		flagFGroup | flagPCR
+	// inodeFlags are of any function that has a file system's object.
+	inodeFlags = flagFunc | flagFSMagic | flagFSName | flagFSSubtype | flagFSUUID | flagUID | flagEUID | flagGID |
+		flagEGID | flagFOwner | flagFGroup | flagPCR
 	fileFlags = inodeFlags | flagMask | flagInMask | flagDigsig | flagDirectIO | flagAlgos | flagBlacklist | flagVerity
 	// Kernel images and modules may carry an appended signature, and have no fs-verity digest.
 	imageFlags = fileFlags&^flagVerity | flagModsig
-	bufFlags   = flagFunc | flagUID | flagGID | flagPCR
+	dataFlags  = flagFunc | flagUID | flagGID | flagPCR
 )
 
-// validate refuses what the kernel refuses once a rule is read whole.
+// validate refuses what the kernel refuses once a rule is read whole. It establishes, in this order: that there is an
+// action; that pcr= stands with measure, and the appraise_ options with appraise; that the function takes the action,
+// the conditions and the options; that fs-verity's digest and its signature format stand together.
 func (r *Rule) validate() error {
 	appraiseOnly := flagDigsig | flagModsig | flagBlacklist | flagAlgos
 	switch {
 	case r.Action == unknown:
-		return fmt.Errorf("no action; begin the rule with one of %v", actionNames[1:])
+		return fmt.Errorf("no action; write one of %s", strings.Join(actionNames[1:], " "))
 	case r.Action != Measure && r.has(flagPCR):
-		return errors.New("pcr= needs the action measure")
+		return fmt.Errorf("pcr= does not go with %v; remove it, or write measure", r.Action)
 	case r.Action != Appraise && r.has(appraiseOnly):
-		return errors.New("appraise_type= and appraise_algos= need the action appraise")
+		return fmt.Errorf("%s does not go with %v; remove it, or write appraise", (r.flags & appraiseOnly).first(), r.Action)
 	}
 	if err := r.validateFunc(); err != nil {
 		return err
 	}
 	switch {
 	case r.sigv3 && !r.has(flagVerity):
-		return errors.New("appraise_type=sigv3 needs digest_type=verity")
+		return errors.New("appraise_type=sigv3 is a signature of fs-verity's digest; add digest_type=verity before it")
 	case r.Action == Appraise && r.has(flagVerity) && !r.sigv3:
-		return errors.New("appraise with digest_type=verity needs appraise_type=sigv3 and no other")
+		return errors.New("fs-verity's digest is appraised by its signature; add appraise_type=sigv3 behind it")
 	}
 	return nil
 }
 
 // validateFunc checks that the function takes the rule's action, conditions and options.
 func (r *Rule) validateFunc() error {
-	allowed := fileFlags
+	allowed, measureOnly, labels := fileFlags, false, true
 	switch r.Func {
 	case ima.ModuleCheck, ima.KexecKernelCheck, ima.KexecInitramfsCheck:
 		allowed = imageFlags
 	case ima.KexecCmdline:
-		allowed = inodeFlags
+		allowed, measureOnly = inodeFlags, true
 	case ima.KeyCheck:
-		allowed = bufFlags | flagKeyrings
+		allowed, measureOnly, labels = dataFlags|flagKeyrings, true, false
 	case ima.CriticalData:
-		allowed = bufFlags | flagLabel
+		allowed, measureOnly, labels = dataFlags|flagDataNames, true, false
 	case ima.SetxattrCheck:
-		if r.Action != Appraise || !r.has(flagAlgos) {
-			return errors.New("func=SETXATTR_CHECK needs the action appraise and appraise_algos=")
-		}
 		allowed = flagFunc | flagAlgos
-	}
-	switch r.Func {
-	case ima.KexecCmdline, ima.KeyCheck, ima.CriticalData:
-		if r.Action != Measure && r.Action != DontMeasure {
-			return fmt.Errorf("func=%v takes only measure and dont_measure", r.Func)
+		if r.Action != Appraise || !r.has(flagAlgos) {
+			return errors.New("func=SETXATTR_CHECK names algorithms that may be written; write appraise and appraise_algos=")
 		}
 	}
-	if r.flags&^allowed != 0 {
-		return fmt.Errorf("func=%v does not take %v; remove it or choose another function", r.Func, (r.flags &^ allowed).names())
+	if measureOnly && r.Action != Measure && r.Action != DontMeasure {
+		return fmt.Errorf("func=%v does not go with %v; write measure or dont_measure", r.Func, r.Action)
 	}
-	if (r.Func == ima.KeyCheck || r.Func == ima.CriticalData) && r.hasLabels() {
-		return fmt.Errorf("func=%v does not take labels of a security module", r.Func)
+	if excess := r.flags &^ allowed; excess != 0 {
+		return fmt.Errorf("%s does not go with %s; remove it%s", excess.first(), r.funcWord(), excess.home())
+	}
+	if !labels && r.labels != (Labels{}) {
+		return fmt.Errorf("labels of a security module do not go with func=%v; remove them", r.Func)
 	}
 	return nil
 }
 
-func (r *Rule) hasLabels() bool { return r.lsm != [numLabels]string{} }
-
-var flagNames = []string{
-	"func", "mask", "mask", "fsmagic", "fsname", "fsuuid", "uid", "euid", "gid", "egid", "fowner", "fgroup", "pcr", "keyrings", "label",
-	"appraise_type", "appraise_type=imasig|modsig", "appraise_type", "appraise_algos", "permit_directio", "digest_type",
+// funcWord names the rule's function in a message.
+func (r *Rule) funcWord() string {
+	if !r.has(flagFunc) {
+		return "a rule without func="
+	}
+	return "func=" + r.Func.String()
 }
 
-func (f flag) names() []string {
-	var names []string
-	for i, name := range flagNames {
-		if f&(1<<i) != 0 && !slices.Contains(names, name) {
-			names = append(names, name)
-		}
+// home says with which functions the first flag of a set does go, if it is few.
+func (f flag) home() string {
+	switch f & -f {
+	case flagKeyrings:
+		return ", or write func=KEY_CHECK"
+	case flagDataNames:
+		return ", or write func=CRITICAL_DATA"
+	case flagModsig:
+		return ", or write func=MODULE_CHECK, KEXEC_KERNEL_CHECK or KEXEC_INITRAMFS_CHECK"
 	}
-	return names
-}
-
-// Wired is what a program does of the language.
-type Wired struct {
-	Funcs     []ima.Func
-	Actions   []Action // beside the dont_ ones, which ask for nothing
-	Templates []string
-	MaxPCR    int
-}
-
-// CheckWired refuses, with *SyntaxError, a policy that asks for more than a program does: a rule is never ignored. name stands for
-// the policy in the error.
-func (p *Policy) CheckWired(name string, w Wired) error {
-	for _, r := range p.rules {
-		if err := w.check(r); err != nil {
-			return &SyntaxError{File: name, Line: r.Line, Rule: r.Text, Reason: err.Error()}
-		}
-	}
-	return nil
-}
-
-func (w Wired) check(r *Rule) error {
-	switch r.Action {
-	case DontMeasure, DontAppraise, DontHash:
-		if r.hasLabels() {
-			return errors.New("labels of security modules are not looked at yet; remove the condition")
-		}
-		return nil
-	}
-	switch {
-	case !slices.Contains(w.Actions, r.Action):
-		return fmt.Errorf("the action %v is not done yet; remove the rule", r.Action)
-	case !r.has(flagFunc):
-		return fmt.Errorf("a rule without func= asks for all functions, and only %v are done yet; name one of them", w.Funcs)
-	case !slices.Contains(w.Funcs, r.Func):
-		return fmt.Errorf("func=%v is not done yet, only %v; remove the rule", r.Func, w.Funcs)
-	case r.hasLabels():
-		return errors.New("labels of security modules are not looked at yet; remove the condition")
-	case r.has(flagVerity):
-		return errors.New("digest_type=verity is not done yet; remove it")
-	case r.template != "" && !slices.Contains(w.Templates, r.template):
-		return fmt.Errorf("template=%s can't be filled yet, only %v", r.template, w.Templates)
-	case r.has(flagPCR) && r.pcr > w.MaxPCR:
-		return fmt.Errorf("pcr=%d: a TPM has PCRs 0 to %d", r.pcr, w.MaxPCR)
-	}
-	return nil
+	return ""
 }

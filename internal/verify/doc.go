@@ -2,8 +2,8 @@
 //
 // # What List establishes
 //
-// Given PCR values that the caller knows to be a TPM's (out of a quote whose signature and nonce were checked, or read from the TPM
-// itself), and of the longest prefix of the list that replays to all of them together:
+// Given PCR values that the caller knows to be a TPM's (out of a quote whose signature and nonce were checked, or read
+// from the TPM itself), and of the longest prefix of the list that replays to all of them together:
 //
 //  1. Each entry of the prefix that goes to a given PCR was extended into it: PCR number and template data, byte for byte.
 //  2. They were extended in this order, and nothing else was extended between them or before them, for each PCR taken by itself.
@@ -17,17 +17,19 @@
 //
 // # What it does not
 //
-// What the PCR values don't cover is only claimed by whoever wrote the list: entries behind the prefix (tolerated, since an entry is
-// in the list before it is in the TPM) and entries of PCRs that were not given; the data of a violation, name included; the name of a
-// template, which no digest covers; the order of entries of different PCRs. A prefix can be older than the values' reader thinks if
-// the values are: freshness is the quote's business. A value that no prefix leads to proves nothing of any entry, and does not tell
-// which entry is wrong; where a template digest disagrees with its data, that does. Whether the measured files are good ones is
-// another question altogether.
+// What the PCR values don't cover is only claimed by whoever wrote the list: entries behind the prefix (tolerated,
+// since an entry is in the list before it is in the TPM) and entries of PCRs that were not given; the data of a
+// violation, name included; the name of a template, which no digest covers; the order of entries of different PCRs. A
+// prefix can be older than the values' reader thinks if the values are: freshness is the quote's business. A value that
+// no prefix leads to proves nothing of any entry, and does not tell which entry is wrong; where a template digest
+// disagrees with its data, that does. Whether the measured files are good ones is another question altogether.
 //
-// Registers are taken to have begun at zero, so a PCR that something else extended before the list began matches no prefix.
+// Registers are taken to have begun at zero, so a PCR that something else extended before the list began matches no
+// prefix.
 //
 // # What to call
 //
-// List does all of it. Its Result keeps apart what is proven, what is only claimed and where it broke; a caller that needs one answer
-// takes Result.Err, and still has to look at Result.Proven, which a list without PCR values leaves empty.
+// List does all of it. Its Result keeps apart what is proven, what is only claimed and where it broke; a caller that
+// needs one answer takes Result.Err, and still has to look at Result.Proven, which a list without PCR values leaves
+// empty.
 package verify

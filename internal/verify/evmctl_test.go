@@ -124,8 +124,9 @@ func benchList(t testing.TB, n int) (list []byte, values map[ima.HashAlgo]ima.Di
 	return list, values
 }
 
-// BenchmarkEvmctl reports how many times as fast as evmctl a list in a file is verified: both read the file, check every template
-// digest and replay to the same value. Each round times both, so that a busy machine hits both; the ratio is of the sums.
+// BenchmarkEvmctl reports how many times as fast as evmctl a list in a file is verified: both read the file, check
+// every template digest and replay to the same value. Each round times both, so that a busy machine hits both; the
+// ratio is of the sums.
 func BenchmarkEvmctl(b *testing.B) {
 	const n = 200_000
 	list, values := benchList(b, n)

@@ -9,7 +9,8 @@ import (
 	"imans.dev/imans-agent/internal/ima"
 )
 
-// FuzzList: any bytes are judged without panic, the numbers add up, and the values that a list itself leads to prove all of it.
+// FuzzList: any bytes are judged without panic, the numbers add up, and the values that a list itself leads to prove
+// all of it.
 func FuzzList(f *testing.F) {
 	files, err := filepath.Glob("../imalog/testdata/vectors/*.sha1.bin")
 	if err != nil || len(files) == 0 {

@@ -10,8 +10,9 @@ import (
 	"imans.dev/imans-agent/internal/imalog"
 )
 
-// The digests of entries don't depend on each other; only extending has to go in order. So one goroutine reads, some hash, and the
-// caller's extends and compares, a batch of entries at a time. Batches are used again, so memory does not grow with the list.
+// The digests of entries don't depend on each other; only extending has to go in order. So one goroutine reads, some
+// hash, and the caller's extends and compares, a batch of entries at a time. Batches are used again, so memory does not
+// grow with the list.
 const (
 	batchSize = 256
 	sumSize   = ima.MaxDigestSize
@@ -93,8 +94,8 @@ func (b *batch) fill(r *imalog.Reader) {
 	}
 }
 
-// hash computes what each entry extends in each bank, and whether the list's digest is that of the data. A violation has no digest
-// to compare. The list's own bank is computed in any case, once.
+// hash computes what each entry extends in each bank, and whether the list's digest is that of the data. A violation
+// has no digest to compare. The list's own bank is computed in any case, once.
 func (b *batch) hash(fileBank ima.HashAlgo, banks []ima.HashAlgo, zeroViolations bool) {
 	stride := len(banks) * sumSize
 	var own [sumSize]byte

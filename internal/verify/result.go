@@ -13,16 +13,17 @@ type Result struct {
 	Violations int   // how many of them are violations
 	Size       int64 // bytes of these entries
 
-	// BootAggregate is what the first entry says, none if it is no boot aggregate. All zero means that there was no TPM then.
-	// It is claimed unless Proven.BootAggregate.
+	// BootAggregate is what the first entry says, none if it is no boot aggregate. All zero means that there was no TPM
+	// then. It is claimed unless Proven.BootAggregate.
 	BootAggregate ima.Digest
-	// Computed are the values that all entries read lead to, for each PCR of the list and each bank replayed, in rising order.
+	// Computed are the values that all entries read lead to, for each PCR of the list and each bank replayed, in rising
+	// order.
 	Computed []PCRValue
 
 	Proven  Proven
 	Claimed Claimed
-	// Broken is what is wrong, in the order of the list, PCR values last; empty if nothing was found. It holds the first 100;
-	// BrokenMore counts the others.
+	// Broken is what is wrong, in the order of the list, PCR values last; empty if nothing was found. It holds the first
+	// 100; BrokenMore counts the others.
 	Broken     []*ReplayError
 	BrokenMore int
 }
@@ -33,8 +34,8 @@ type PCRValue struct {
 	Value ima.Digest // names the bank
 }
 
-// Proven is what the given PCR values establish: see the package comment. Without given values, and where no prefix leads to them,
-// it is the zero value.
+// Proven is what the given PCR values establish: see the package comment. Without given values, and where no prefix
+// leads to them, it is the zero value.
 type Proven struct {
 	Matched       bool  // some prefix, be it of no entry, leads to all given values together
 	Prefix        int   // length in entries of the longest such prefix, up to its last entry of a given PCR

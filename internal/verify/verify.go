@@ -16,24 +16,24 @@ import (
 type Options struct {
 	// FileBank is whose binary_runtime_measurements the list is; 0 means SHA1, the classic file.
 	FileBank ima.HashAlgo
-	// PCRs are the values of the registers, by number and bank. Entries of registers that are not here can't be proven. The caller
-	// vouches for the values. None at all means that nothing will be proven.
+	// PCRs are the values of the registers, by number and bank. Entries of registers that are not here can't be proven.
+	// The caller vouches for the values. None at all means that nothing will be proven.
 	PCRs map[int]map[ima.HashAlgo]ima.Digest
 	// Banks are further banks to compute values of. Without PCRs and Banks it is the list's own. Each bank costs time.
 	Banks []ima.HashAlgo
 	// BootAggregate is what the first entry must say; none means anything.
 	BootAggregate ima.Digest
-	// ZeroViolations lets violations extend zeros, as evmctl does unless it is told --ignore-violations, so as to compute the
-	// values that it computes. No kernel does it: a TPM's values then match no prefix that has a violation.
+	// ZeroViolations lets violations extend zeros, as evmctl does unless it is told --ignore-violations, so as to compute
+	// the values that it computes. No kernel does it: a TPM's values then match no prefix that has a violation.
 	ZeroViolations bool
 }
 
 // maxBroken is how many places Result.Broken holds.
 const maxBroken = 100
 
-// List replays the list in r and compares it as the package comment says. A list that does not verify is no error here: the Result
-// says so. The error is about the options or what r returned; the Result then covers what was read before. It reads ahead and hashes
-// in goroutines that have ended when it returns, r with them.
+// List replays the list in r and compares it as the package comment says. A list that does not verify is no error here:
+// the Result says so. The error is about the options or what r returned; the Result then covers what was read before.
+// It reads ahead and hashes in goroutines that have ended when it returns, r with them.
 func List(r io.Reader, opts Options) (Result, error) {
 	c, err := newChecker(opts)
 	if err != nil {

@@ -216,8 +216,8 @@ func TestEveryPrefix(t *testing.T) {
 	}
 }
 
-// TestEveryByte changes each byte of a list in several ways. Nothing passes, and what breaks names the right entry. (No violation is
-// in it: its data may be changed, see TestViolationIsOnlyClaimed.)
+// TestEveryByte changes each byte of a list in several ways. Nothing passes, and what breaks names the right entry. (No
+// violation is in it: its data may be changed, see TestViolationIsOnlyClaimed.)
 func TestEveryByte(t *testing.T) {
 	made := entries(t, 3, map[int]int{2: 11})
 	list := encode(made, ima.SHA1)

@@ -13,7 +13,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/tpmext"
 )
 
 // ErrLost means that an instance is not running any more: what its PCRs held is gone.
@@ -54,13 +54,21 @@ type processFile struct {
 
 const processFileName = "process.json"
 
+// lockName is a file in Config.Dir that the process has locked as long as it lives, by a descriptor that it inherits.
+const lockName = "lock"
+
+// pidName is a file in Config.Dir that swtpm writes its process number to before it serves.
+const pidName = "swtpm.pid"
+
 // controlSuffix is where the TCG software stack's swtpm interface (tpm2-tools -T swtpm:path=SOCKET) looks for the control channel.
 const controlSuffix = ".ctrl"
 
-// Start makes the folder and runs an instance in it. It fails if one was started in that folder before: Adopt or Remove that.
+// Start makes the folder, runs an instance in it and waits until it answers. It fails if one was started in that folder before:
+// Adopt or Remove that.
 func Start(ctx context.Context, c Config) (*Instance, error) {
 	if len(c.Socket+controlSuffix) > 107 {
-		return nil, fmt.Errorf("start vTPM: the socket path %s has %d bytes, at most 102 work; choose a shorter --run-dir", c.Socket, len(c.Socket))
+		return nil, fmt.Errorf("start vTPM: the socket path %s has %d bytes, at most 102 work; choose a shorter --run-dir",
+			c.Socket, len(c.Socket))
 	}
 	if err := durable.Mkdir(c.Dir); err != nil {
 		return nil, fmt.Errorf("start vTPM: %w", err)
@@ -71,6 +79,11 @@ func Start(ctx context.Context, c Config) (*Instance, error) {
 	if err := os.MkdirAll(filepath.Dir(c.Socket), 0o700); err != nil {
 		return nil, fmt.Errorf("start vTPM: %w", err)
 	}
+	lock, err := takeOver(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("start vTPM: %w", err)
+	}
+	defer lock.Close()
 	removeSockets(c)
 	log, err := os.OpenFile(filepath.Join(c.Dir, "swtpm.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
@@ -78,10 +91,12 @@ func Start(ctx context.Context, c Config) (*Instance, error) {
 	}
 	defer log.Close()
 	cmd := exec.Command(c.Program, "socket", "--tpm2",
-		"--tpmstate", "dir="+c.Dir+",mode=0600",
+		"--tpmstate", stateOption(c),
 		"--server", "type=unixio,path="+c.Socket+",mode=0600",
 		"--ctrl", "type=unixio,path="+c.Socket+controlSuffix+",mode=0600",
-		"--flags", "not-need-init,startup-clear")
+		"--flags", "not-need-init,startup-clear",
+		"--pid", "file="+filepath.Join(c.Dir, pidName))
+	cmd.ExtraFiles = []*os.File{lock} // the lock is the process's from now on, and ends with it
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
@@ -94,13 +109,17 @@ func Start(ctx context.Context, c Config) (*Instance, error) {
 	}()
 	i, err := open(c, cmd.Process.Pid)
 	if err == nil {
-		err = i.record()
+		err = i.await(ctx, exited)
 	}
 	if err == nil {
-		err = i.await(ctx, exited)
+		err = i.record()
 	}
 	if err != nil {
 		cmd.Process.Kill()
+		<-exited
+		if i != nil {
+			i.Close()
+		}
 		return nil, fmt.Errorf("start vTPM: %w", err)
 	}
 	return i, nil
@@ -114,8 +133,8 @@ func open(c Config, pid int) (*Instance, error) {
 	return &Instance{config: c, pidfd: fd, pid: pid}, nil
 }
 
-// record is the commit point: before it a crash leaves a process that nobody knows (and a folder without PCR history, which
-// Start takes again); after it Adopt finds the instance.
+// record is the commit point: before it a crash leaves a process that nobody has used, which the next Start ends; after it Adopt
+// finds the instance.
 func (i *Instance) record() error {
 	start, err := startTime(i.pid)
 	if err != nil {
@@ -128,19 +147,23 @@ func (i *Instance) record() error {
 	return durable.WriteFile(filepath.Join(i.config.Dir, processFileName), b)
 }
 
-// await waits until the instance takes a connection; the socket is there a moment before it does.
+// await waits until the instance answers, started up.
 func (i *Instance) await(ctx context.Context, exited <-chan struct{}) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	for {
-		if conn, err := net.Dial("unix", i.config.Socket); err == nil {
-			return conn.Close()
+		tpm, err := tpmext.Open(ctx, i.Address())
+		if err == nil {
+			return tpm.Close()
+		}
+		if !errors.Is(err, tpmext.ErrUnavailable) {
+			return err
 		}
 		select {
 		case <-exited:
 			return fmt.Errorf("swtpm ended: %s", lastLine(filepath.Join(i.config.Dir, "swtpm.log")))
 		case <-ctx.Done():
-			return fmt.Errorf("swtpm does not answer: %w", ctx.Err())
+			return fmt.Errorf("swtpm does not answer: %w", err)
 		case <-time.After(2 * time.Millisecond):
 		}
 	}
@@ -162,7 +185,7 @@ func Adopt(c Config) (*Instance, error) {
 		return nil, fmt.Errorf("adopt vTPM in %s: %w", c.Dir, ErrLost)
 	}
 	// The descriptor holds the process; only now can its start time not change any more.
-	if start, err := startTime(p.PID); err != nil || start != p.Start {
+	if start, err := startTime(p.PID); err != nil || start != p.Start || !serves(p.PID, c) {
 		i.Close()
 		return nil, fmt.Errorf("adopt vTPM in %s: %w", c.Dir, ErrLost)
 	}
@@ -182,8 +205,12 @@ func (i *Instance) Running() bool {
 
 func (i *Instance) ended(timeout time.Duration) bool {
 	fds := []unix.PollFd{{Fd: int32(i.pidfd), Events: unix.POLLIN}}
-	n, err := unix.Poll(fds, int(timeout/time.Millisecond))
-	return err == nil && n > 0
+	for deadline := time.Now().Add(timeout); ; timeout = max(0, time.Until(deadline)) {
+		n, err := unix.Poll(fds, int(timeout.Milliseconds()))
+		if !errors.Is(err, unix.EINTR) {
+			return err == nil && n > 0
+		}
+	}
 }
 
 // Close lets go of the instance without ending it.

@@ -2,6 +2,7 @@ package vtpm
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -120,6 +121,62 @@ func TestAdoptRefusesAnotherProcess(t *testing.T) {
 	}
 	if _, err := Adopt(c); !errors.Is(err, ErrLost) {
 		t.Errorf("Adopt of another process: %v, want ErrLost", err)
+	}
+}
+
+// An agent that was killed between starting swtpm and recording it: the next Start ends that one and has a new one serve.
+func TestUnrecordedInstanceIsEnded(t *testing.T) {
+	c := config(t)
+	orphan := start(t, c)
+	pcr(t, orphan.Address(), 1)
+	if err := os.Remove(filepath.Join(c.Dir, processFileName)); err != nil {
+		t.Fatal(err)
+	}
+	i := start(t, c)
+	defer i.Stop()
+	if orphan.Running() || !i.Running() {
+		t.Errorf("the first runs: %v, the second: %v", orphan.Running(), i.Running())
+	}
+	orphan.Close()
+	if got := pcr(t, i.Address(), 0); !got.IsZero() {
+		t.Errorf("PCR 10 of a new instance is %v", got)
+	}
+}
+
+// The lock lives as long as the process, not as long as the agent's descriptor of it.
+func TestFolderInUse(t *testing.T) {
+	c := config(t)
+	i := start(t, c)
+	defer i.Stop()
+	for _, name := range []string{processFileName, pidName} {
+		if err := os.Remove(filepath.Join(c.Dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := Start(ctx, c); err == nil || !strings.Contains(err.Error(), "is in use") {
+		t.Errorf("Start beside a running instance: %v", err)
+	}
+	if !i.Running() {
+		t.Error("the running instance was ended, though nothing says that it is the folder's")
+	}
+}
+
+// A failed Start leaves a folder that can be tried again, and nothing that runs.
+func TestFailedStartCanBeRepeated(t *testing.T) {
+	c := config(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := Start(ctx, c); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled Start: %v", err)
+	}
+	if _, err := Adopt(c); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("Adopt after a failed Start: %v, want os.ErrNotExist", err)
+	}
+	i := start(t, c)
+	if err := i.Stop(); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -40,12 +40,16 @@ func prunedModules() []string {
 // Prepare builds what booting the kernel takes, or finds it in the cache. An *UnavailableError says that Debian's
 // archive has no such kernel.
 func (c *Cache) Prepare(ctx context.Context, k Kernel) (*Image, error) {
-	root, err := c.rootDisk(ctx)
-	if err != nil {
-		return nil, err
-	}
+	var root string
+	var rootErr error
+	built := make(chan struct{})
+	go func() {
+		defer close(built)
+		root, rootErr = c.rootDisk(ctx)
+	}()
 	dir, err := c.kernel(ctx, k)
-	if err != nil {
+	<-built
+	if err := errors.Join(err, rootErr); err != nil {
 		return nil, err
 	}
 	version, err := os.ReadFile(filepath.Join(dir, "version"))

@@ -3,4 +3,4 @@
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive
 apt-get -q -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 update
-apt-get -q -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 -y --no-install-recommends --no-upgrade install "$@"
+apt-get -q -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 -o Dpkg::Use-Pty=0 -y --no-install-recommends --no-upgrade install "$@"

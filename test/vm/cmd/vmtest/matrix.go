@@ -41,16 +41,20 @@ type kernelRun struct {
 	err     error
 }
 
-// run builds the payload once and runs it on each kernel, at most m.parallel at a time.
+// run builds the payload once and runs it on each kernel, at most m.parallel at a time. Kernels and the root disk are
+// fetched while the payload compiles.
 func (m *matrix) run(ctx context.Context) ([]kernelRun, error) {
-	payload, err := vm.BuildPayload(ctx, m.repo, filepath.Join(m.work, "payload"),
-		vm.PayloadOptions{Tests: true, Run: m.options.run, NoPrograms: !m.programs, Cover: m.cover != ""})
-	if err != nil {
-		return nil, err
-	}
-	if len(payload.Suites) == 0 {
-		return nil, fmt.Errorf("no test of the vm build tag matches %q", m.options.run)
-	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var payload *vm.Payload
+	compiled := make(chan struct{})
+	go func() {
+		defer close(compiled)
+		var err error
+		if payload, err = m.compile(ctx); err != nil {
+			cancel(err)
+		}
+	}()
 	runs := make([]kernelRun, len(m.kernels))
 	slots := make(chan struct{}, m.parallel)
 	var wg sync.WaitGroup
@@ -58,7 +62,13 @@ func (m *matrix) run(ctx context.Context) ([]kernelRun, error) {
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			runs[i] = m.one(ctx, k, payload)
+			img, err := m.cache.Prepare(ctx, k)
+			<-compiled
+			if err == nil && ctx.Err() == nil {
+				runs[i] = m.one(ctx, img, payload)
+			} else {
+				runs[i] = kernelRun{kernel: k, err: err}
+			}
 		})
 	}
 	wg.Wait()
@@ -68,14 +78,20 @@ func (m *matrix) run(ctx context.Context) ([]kernelRun, error) {
 	return runs, nil
 }
 
-// one runs the payload on one kernel.
-func (m *matrix) one(ctx context.Context, k vm.Kernel, payload *vm.Payload) kernelRun {
-	run := kernelRun{kernel: k}
-	img, err := m.cache.Prepare(ctx, k)
-	if err != nil {
-		run.err = err
-		return run
+// compile builds the payload. That no test was chosen is an error.
+func (m *matrix) compile(ctx context.Context) (*vm.Payload, error) {
+	payload, err := vm.BuildPayload(ctx, m.repo, filepath.Join(m.work, "payload"),
+		vm.PayloadOptions{Tests: true, Run: m.options.run, NoPrograms: !m.programs, Cover: m.cover != ""})
+	if err == nil && len(payload.Suites) == 0 {
+		return nil, fmt.Errorf("no test of the vm build tag matches %q", m.options.run)
 	}
+	return payload, err
+}
+
+// one runs the payload on one kernel.
+func (m *matrix) one(ctx context.Context, img *vm.Image, payload *vm.Payload) kernelRun {
+	k := img.Kernel
+	run := kernelRun{kernel: k}
 	share := filepath.Join(m.work, "share-"+k.Name)
 	run.cover = filepath.Join(share, "cover")
 	if run.err = os.MkdirAll(run.cover, 0o755); run.err != nil {

@@ -1,0 +1,147 @@
+package measure
+
+import (
+	"context"
+	"slices"
+	"time"
+)
+
+// mark is a count that only grows, and the goroutines that wait for it to get somewhere. The list's mutex guards it.
+type mark struct {
+	n       int
+	waiting []*waiter // by rising n
+}
+
+type waiter struct {
+	n       int
+	reached chan struct{} // closed when the count is n
+}
+
+// advance raises the count and wakes those who waited for no more than that, and nobody else.
+func (m *mark) advance(n int) {
+	m.n = n
+	i := 0
+	for ; i < len(m.waiting) && m.waiting[i].n <= n; i++ {
+		close(m.waiting[i].reached)
+	}
+	if i == len(m.waiting) {
+		m.waiting = nil
+	} else {
+		m.waiting = m.waiting[i:]
+	}
+}
+
+// wait adds a waiter. Later ones mostly wait for higher counts, so its place is looked for from the end.
+func (m *mark) wait(n int) *waiter {
+	w := &waiter{n: n, reached: make(chan struct{})}
+	i := len(m.waiting)
+	for i > 0 && m.waiting[i-1].n > n {
+		i--
+	}
+	m.waiting = slices.Insert(m.waiting, i, w)
+	return w
+}
+
+// forget takes out a waiter that waits no longer.
+func (m *mark) forget(w *waiter) {
+	if i := slices.Index(m.waiting, w); i >= 0 {
+		m.waiting = slices.Delete(m.waiting, i, i+1)
+	}
+}
+
+// await waits until one of the list's counts is at least n. Errors: what ended the list, if it can't get there any more, or the
+// context's.
+func (l *List) await(ctx context.Context, m *mark, n int) error {
+	l.mu.Lock()
+	if m.n >= n || l.endErr != nil {
+		defer l.mu.Unlock()
+		if m.n >= n {
+			return nil
+		}
+		return l.endErr
+	}
+	w := m.wait(n)
+	l.mu.Unlock()
+	select {
+	case <-w.reached:
+		return nil
+	case <-l.ended:
+	case <-ctx.Done():
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	m.forget(w)
+	switch {
+	case m.n >= n:
+		return nil
+	case l.endErr != nil:
+		return l.endErr
+	}
+	return ctx.Err()
+}
+
+// pause waits before something is tried again; false: the list ended meanwhile.
+func (l *List) pause(d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-l.ended:
+		return false
+	}
+}
+
+// hasEnded reports whether the list was closed or failed.
+func (l *List) hasEnded() bool {
+	select {
+	case <-l.ended:
+		return true
+	default:
+		return false
+	}
+}
+
+// end makes err what all get who still wait, and what every later Append gets. Only the first call counts. l.mu is held.
+func (l *List) end(err error) {
+	if l.endErr == nil {
+		l.endErr = err
+		close(l.ended)
+	}
+}
+
+// Receipt waits for what becomes of an entry. Any number of goroutines may wait.
+type Receipt struct {
+	list *List
+	n    int // how many of the list's entries must be through
+}
+
+// Logged waits until the entry is in the log, durable. A full disk is waited out; the errors are the context's and the list's
+// end: ErrClosed, or what Status has as Fatal.
+func (r Receipt) Logged(ctx context.Context) error {
+	return r.list.await(ctx, &r.list.logged, r.n)
+}
+
+// Extended waits until the entry is in the TPM; without a TPM, until it is logged. A dead TPM is waited out.
+func (r Receipt) Extended(ctx context.Context) error {
+	if r.list.config.TPM == nil {
+		return r.Logged(ctx)
+	}
+	return r.list.await(ctx, &r.list.extended, r.n)
+}
+
+// all is the Receipt of the last entry that was handed in.
+func (l *List) all() Receipt {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return Receipt{l, l.accepted.n}
+}
+
+// Barrier waits until all that was handed in so far is in the log.
+func (l *List) Barrier(ctx context.Context) error { return l.all().Logged(ctx) }
+
+// Settle waits until all that was handed in so far is in the log and, with a TPM, extended.
+func (l *List) Settle(ctx context.Context) error { return l.all().Extended(ctx) }
+
+// AwaitEntries waits until the list has more than n entries.
+func (l *List) AwaitEntries(ctx context.Context, n int) error {
+	return l.await(ctx, &l.logged, n+1)
+}

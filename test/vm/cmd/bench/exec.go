@@ -1,0 +1,132 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	_ "embed"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"imans.dev/imans-agent/test/vm"
+)
+
+//go:embed c/spawn.c
+var spawnSource []byte
+
+//go:embed c/nothing.c
+var nothingSource []byte
+
+//go:embed exec.sh
+var execScript []byte
+
+const (
+	execKernel = "6.12"
+	execRounds = 5
+	execSpawns = 200
+)
+
+// benchExec compares the instructions of an exec without us, with us, and with the kernel's own IMA.
+func benchExec(ctx context.Context, dir string) ([]figure, error) {
+	if err := vm.Missing(); err != nil {
+		return nil, err
+	}
+	repo, err := os.Getwd()
+	if err != nil {
+		return nil, err
+	}
+	payload, err := vm.BuildPayload(ctx, repo, filepath.Join(dir, "payload"), vm.PayloadOptions{})
+	if err != nil {
+		return nil, err
+	}
+	if err := compile(ctx, payload.Dir); err != nil {
+		return nil, err
+	}
+	k, err := vm.Find(execKernel)
+	if err != nil {
+		return nil, err
+	}
+	cache, err := vm.OpenCache("", func(format string, args ...any) { fmt.Fprintf(os.Stderr, "bench: "+format+"\n", args...) })
+	if err != nil {
+		return nil, err
+	}
+	img, err := cache.Prepare(ctx, k)
+	if err != nil {
+		return nil, err
+	}
+	var out bytes.Buffer
+	outcome, err := img.Run(ctx, vm.Machine{
+		Command: fmt.Sprintf("exec bash /payload/exec.sh %d %d", execRounds, execSpawns),
+		Payload: payload.Dir, Icount: true, Limit: 15 * time.Minute, Output: &out,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if outcome.Status != 0 {
+		return nil, fmt.Errorf("the measurement failed:\n%s", out.String())
+	}
+	return execFigures(out.String())
+}
+
+// compile makes the spawn loop and the programs that it runs.
+func compile(ctx context.Context, dir string) error {
+	if err := os.WriteFile(filepath.Join(dir, "exec.sh"), execScript, 0o755); err != nil {
+		return err
+	}
+	for _, c := range []struct {
+		name   string
+		source []byte
+		flags  []string
+	}{{"spawn", spawnSource, []string{"-static"}}, {"static", nothingSource, []string{"-static"}}, {"dynamic", nothingSource, nil}} {
+		args := append([]string{"-O2", "-x", "c", "-", "-o", filepath.Join(dir, c.name)}, c.flags...)
+		cmd := exec.CommandContext(ctx, "gcc", args...)
+		cmd.Stdin = bytes.NewReader(c.source)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("compile %s: %w; install the packages gcc and libc6-dev\n%s", c.name, err, out)
+		}
+	}
+	return nil
+}
+
+func execFigures(output string) ([]figure, error) {
+	values := map[string][]float64{}
+	for line := range strings.Lines(output) {
+		var condition, kind string
+		var ns float64
+		if n, _ := fmt.Sscan(line, &condition, &kind, &ns); n == 3 {
+			values[condition+" "+kind] = append(values[condition+" "+kind], ns)
+		}
+	}
+	var figures []figure
+	for _, which := range []string{"second", "first"} {
+		for _, kind := range []string{"static", "dynamic"} {
+			bare := slices.Clone(values[which+"-nothing "+kind])
+			if len(bare) != execRounds {
+				return nil, fmt.Errorf("%d rounds of %s-nothing %s, want %d:\n%s", len(bare), which, kind, execRounds, output)
+			}
+			slices.Sort(bare)
+			base := median(bare)
+			for _, with := range []string{"agent", "kernel-ima", "nothing-again"} {
+				v := values[which+"-"+with+" "+kind]
+				if len(v) == 0 {
+					continue
+				}
+				f := figure{name: fmt.Sprintf("%s exec, %s: more instructions with %s", which, kind, with), format: "%+.2f%%"}
+				if with == "agent" && which == "second" {
+					f.target = "at most +0.5%"
+				}
+				for _, ns := range v {
+					f.ratios = append(f.ratios, (ns/base-1)*100)
+				}
+				slices.Sort(v)
+				f.parts = fmt.Sprintf("%.0f : %.0f instructions", median(v), base)
+				figures = append(figures, f)
+			}
+		}
+	}
+	return figures, nil
+}
