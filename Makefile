@@ -29,7 +29,7 @@ generate: ## compile bpf/ and make the generated Go, C and documentation files a
 
 .PHONY: generated
 generated: ## check that the committed generated files are current
-	@$(DEPS) go generate
+	@$(DEPS) go
 	tools/setup/generated.sh
 
 .PHONY: lint
@@ -73,7 +73,7 @@ demo: ## boot a kernel with a TPM, measure two containers and verify their lists
 
 .PHONY: bench
 bench: ## print what the agent costs, as ratios with their spread
-	@$(DEPS) go vm
+	@$(DEPS) go vm test
 	go build -o bin/bench ./test/vm/cmd/bench
 	exec bin/bench
 

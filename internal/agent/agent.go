@@ -152,6 +152,9 @@ func prepare(c Config, log *zap.Logger) (namespace.Config, error) {
 	if !slices.Contains(wired.Templates, c.Template) {
 		return none, usage("--template %s: want one of %v", c.Template, wired.Templates)
 	}
+	if err := imalog.CheckDigest(c.Template, algo); err != nil {
+		return none, usage("--template %s with --hash %s: %w", c.Template, c.Hash, err)
+	}
 	if c.PCR < 0 || c.PCR > 23 {
 		return none, usage("--pcr %d: want 0 to 23", c.PCR)
 	}

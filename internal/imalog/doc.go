@@ -8,7 +8,8 @@
 // be read):
 //
 //	u32  PCR index
-//	     template digest: 20 bytes in binary_runtime_measurements (SHA-1), the bank's size in binary_runtime_measurements_BANK
+//	     template digest: 20 bytes in binary_runtime_measurements (SHA-1), the bank's size in the file of a bank,
+//	     binary_runtime_measurements_BANK
 //	u32  length of the template name
 //	     template name, without a final zero, such as "ima-ng"; a free format is named by itself, such as "d-ng|n-ng"
 //	u32  length of the template data (absent for template "ima")

@@ -78,7 +78,8 @@ func (t *template) newEntry(pcr int, v *FieldValues, violation bool) (*Entry, er
 		size += 4 + len(encoded[i])
 	}
 	if size > maxTemplateData {
-		return nil, fmt.Errorf("make entry of %q: %d bytes of template data, at most %d can be read back", v.Name, size, maxTemplateData)
+		return nil, fmt.Errorf("make entry of %q: %d bytes of template data, at most %d can be read back",
+			v.Name, size, maxTemplateData)
 	}
 	data := make([]byte, 0, size)
 	for _, b := range encoded {

@@ -47,7 +47,8 @@ func TestNewEntryRefuses(t *testing.T) {
 	if err := CheckDigest(IMA, ima.SHA256); err == nil {
 		t.Error("CheckDigest(ima, sha256) passed")
 	}
-	if err := errors.Join(CheckDigest(IMA, sha1.Algo()), CheckDigest(NG, ima.SHA512), CheckTemplate("d-ng|n-ng")); err != nil {
+	err := errors.Join(CheckDigest(IMA, sha1.Algo()), CheckDigest(NG, ima.SHA512), CheckTemplate("d-ng|n-ng"))
+	if err != nil {
 		t.Error(err)
 	}
 }
@@ -70,7 +71,8 @@ func TestDigests(t *testing.T) {
 		}
 	}
 	for _, bank := range []ima.HashAlgo{ima.MD5, ima.SM3, 200} {
-		if !errors.Is(CheckBank(bank), ErrBank) || !e.Digest(bank).IsNone() || !v.Digest(bank).IsNone() || !v.ExtendDigest(bank).IsNone() {
+		if !errors.Is(CheckBank(bank), ErrBank) || !e.Digest(bank).IsNone() ||
+			!v.Digest(bank).IsNone() || !v.ExtendDigest(bank).IsNone() {
 			t.Errorf("bank %s: %v, %v", bank, CheckBank(bank), e.Digest(bank))
 		}
 	}
@@ -88,7 +90,8 @@ func TestReplayZeroViolations(t *testing.T) {
 	zeros.ExtendZeroViolations(v)
 	ones.Extend(v)
 	// SHA-256 of 64 zeros; of 32 zeros and 32 times ff.
-	if got := zeros.Value(10, ima.SHA256).String(); got != "sha256:f5a5fd42d16a20302798ef6ed309979b43003d2320d9f0e8ea9831a92759fb4b" {
+	const want = "sha256:f5a5fd42d16a20302798ef6ed309979b43003d2320d9f0e8ea9831a92759fb4b"
+	if got := zeros.Value(10, ima.SHA256).String(); got != want {
 		t.Errorf("zeros: %s", got)
 	}
 	if zeros.Value(10, ima.SHA256) == ones.Value(10, ima.SHA256) {

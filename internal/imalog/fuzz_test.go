@@ -87,8 +87,8 @@ func FuzzNewEntry(f *testing.F) {
 	f.Add("ima-buf", uint8(23), "kexec-cmdline", []byte("quiet"), uint8(ima.SHA384), false)
 	f.Add("d-ngv2|n|evmsig|imode", uint8(0), "n", []byte{5}, uint8(ima.MD5), false)
 	f.Fuzz(func(t *testing.T, template string, pcr uint8, name string, blob []byte, algo uint8, violation bool) {
-		v := FieldValues{Digest: ima.ZeroDigest(ima.HashAlgo(algo)), Name: name, Sig: blob, EVMSig: blob, Buf: blob, Modsig: blob,
-			Verity: len(blob)&1 == 1, File: len(blob)&2 == 2, XattrValues: blob}
+		v := FieldValues{Digest: ima.ZeroDigest(ima.HashAlgo(algo)), Name: name, Sig: blob, EVMSig: blob, Buf: blob,
+			Modsig: blob, Verity: len(blob)&1 == 1, File: len(blob)&2 == 2, XattrValues: blob}
 		makeOne := NewEntry
 		if violation {
 			makeOne = NewViolation

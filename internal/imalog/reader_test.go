@@ -115,7 +115,8 @@ func TestReaderCorrupt(t *testing.T) {
 		{"digest without colon", func(e []byte) { e[algo+6] = ';' }, "colon"},
 		{"zero in the name", func(e []byte) { e[pathSize+6] = 0 }, "only zero byte"},
 	}
-	first, second := sample(t, NG, "/first").AppendBinary(nil, ima.SHA1), sample(t, NG, "/second").AppendBinary(nil, ima.SHA1)
+	first := sample(t, NG, "/first").AppendBinary(nil, ima.SHA1)
+	second := sample(t, NG, "/second").AppendBinary(nil, ima.SHA1)
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			list := append(bytes.Clone(first), second...)
@@ -208,7 +209,7 @@ func TestReaderLarge(t *testing.T) {
 }
 
 func TestReadInto(t *testing.T) {
-	list := append(sample(t, NG, "/a/long/name").AppendBinary(nil, ima.SHA1), sample(t, NG, "/b").AppendBinary(nil, ima.SHA1)...)
+	list := sample(t, NG, "/b").AppendBinary(sample(t, NG, "/a/long/name").AppendBinary(nil, ima.SHA1), ima.SHA1)
 	var e Entry
 	r := NewReader(bytes.NewReader(list), ima.SHA1)
 	for _, want := range []string{"/a/long/name", "/b"} {

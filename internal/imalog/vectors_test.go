@@ -146,7 +146,8 @@ func (v *vector) check(t *testing.T, bank ima.HashAlgo) {
 		before := len(binary)
 		binary, ascii = e.AppendBinary(binary, bank), e.AppendASCII(ascii, bank)
 		if len(binary)-before != e.Size(bank) || r.End() != int64(len(binary)) {
-			t.Errorf("entry %d: Size %d, End %d; %d bytes written, %d in all", i, e.Size(bank), r.End(), len(binary)-before, len(binary))
+			t.Errorf("entry %d: Size %d, End %d; %d bytes written, %d in all",
+				i, e.Size(bank), r.End(), len(binary)-before, len(binary))
 		}
 		replay.Extend(e)
 		if want.Values != nil {

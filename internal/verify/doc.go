@@ -5,8 +5,10 @@
 // Given PCR values that the caller knows to be a TPM's (out of a quote whose signature and nonce were checked, or read
 // from the TPM itself), and of the longest prefix of the list that replays to all of them together:
 //
-//  1. Each entry of the prefix that goes to a given PCR was extended into it: PCR number and template data, byte for byte.
-//  2. They were extended in this order, and nothing else was extended between them or before them, for each PCR taken by itself.
+//  1. Each entry of the prefix that goes to a given PCR was extended into it: PCR number and template data, byte
+//     for byte.
+//  2. They were extended in this order, and nothing else was extended between them or before them, for each PCR taken
+//     by itself.
 //  3. For a violation, that one took place at this point.
 //
 // And of the list as it was read, which needs no PCR value:

@@ -148,8 +148,8 @@ func (c *checker) add(it *item, sums []byte) {
 		c.replay.ExtendDigest(e.PCR(), bank, sums[i*sumSize:i*sumSize+bank.Size()])
 	}
 	if it.altered {
-		c.broken(&ReplayError{Kind: TemplateDigest, Entry: c.result.Entries, Offset: it.offset, PCR: e.PCR(), Bank: c.fileBank,
-			Reason: fmt.Sprintf("%s: the template digest is %s:%x, that of the data %s", quote(e.Name()),
+		c.broken(&ReplayError{Kind: TemplateDigest, Entry: c.result.Entries, Offset: it.offset, PCR: e.PCR(),
+			Bank: c.fileBank, Reason: fmt.Sprintf("%s: the template digest is %s:%x, that of the data %s", quote(e.Name()),
 				c.fileBank, it.stored[:c.fileBank.Size()], e.Digest(c.fileBank))})
 	}
 	c.result.Entries++
@@ -233,7 +233,8 @@ func (c *checker) finish() {
 		}
 	}
 	if res.Entries == 0 && len(res.Broken) == 0 {
-		c.broken(&ReplayError{Kind: BootAggregate, PCR: -1, Bank: c.fileBank, Reason: "the list is empty: it has no boot aggregate"})
+		c.broken(&ReplayError{Kind: BootAggregate, PCR: -1, Bank: c.fileBank,
+			Reason: "the list is empty: it has no boot aggregate"})
 	}
 	res.Claimed = Claimed{Trailing: res.Entries - res.Proven.Prefix, Uncovered: res.Proven.Prefix - res.Proven.Entries}
 	if len(c.given) == 0 || res.Proven.Matched {
@@ -252,8 +253,8 @@ func (c *checker) finish() {
 }
 
 func (c *checker) mismatch(g given, reason string) {
-	c.broken(&ReplayError{Kind: PCRMismatch, Entry: c.result.Entries, Offset: c.result.Size, PCR: g.pcr, Bank: g.value.Algo(),
-		Reason: reason})
+	c.broken(&ReplayError{Kind: PCRMismatch, Entry: c.result.Entries, Offset: c.result.Size, PCR: g.pcr,
+		Bank: g.value.Algo(), Reason: reason})
 }
 
 func (c *checker) broken(e *ReplayError) {

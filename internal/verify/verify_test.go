@@ -242,7 +242,8 @@ func TestEveryByte(t *testing.T) {
 			switch {
 			case first.Kind == PCRMismatch && !inPCR:
 				t.Errorf("byte %d, flip %#x: only found by %v", i, flip, first)
-			case inDigest && (!res.Proven.Matched || res.Proven.Entries != 4 || kinds(res) != fmt.Sprintf("template-digest@%d", entry)):
+			case inDigest && (!res.Proven.Matched || res.Proven.Entries != 4 ||
+				kinds(res) != fmt.Sprintf("template-digest@%d", entry)):
 				t.Errorf("byte %d, flip %#x, of a template digest: %+v, %v", i, flip, res.Proven, res.Err())
 			case !inDigest && res.Proven.Entries > 0:
 				t.Errorf("byte %d, flip %#x: proven %+v", i, flip, res.Proven)
@@ -283,7 +284,8 @@ func TestViolationIsOnlyClaimed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if res := check(t, encode([]*imalog.Entry{made[0], file}, ima.SHA1), Options{PCRs: given}); kinds(res) != "pcr-mismatch@2" {
+	turned := encode([]*imalog.Entry{made[0], file}, ima.SHA1)
+	if res := check(t, turned, Options{PCRs: given}); kinds(res) != "pcr-mismatch@2" {
 		t.Errorf("a violation turned into a file: %v", res.Err())
 	}
 	asEvmctl := imalog.NewReplay(ima.SHA256)
@@ -322,7 +324,8 @@ func TestSeveralPCRs(t *testing.T) {
 	}{
 		{"PCR 10 only", at(10, 6), Proven{Matched: true, Prefix: 5, Entries: 3, BootAggregate: true}, Claimed{1, 2}, ""},
 		{"PCR 11 only", at(11, 6), Proven{Matched: true, Prefix: 4, Entries: 2}, Claimed{2, 2}, ""},
-		{"PCR 10 and 11", both(at(10, 6), at(11, 6)), Proven{Matched: true, Prefix: 5, Entries: 5, BootAggregate: true}, Claimed{1, 0}, ""},
+		{"PCR 10 and 11", both(at(10, 6), at(11, 6)),
+			Proven{Matched: true, Prefix: 5, Entries: 5, BootAggregate: true}, Claimed{1, 0}, ""},
 		{"PCR 10 and 11 some time before", both(at(10, 3), at(11, 3)),
 			Proven{Matched: true, Prefix: 3, Entries: 3, BootAggregate: true}, Claimed{3, 0}, ""},
 		{"at different times", both(at(10, 1), at(11, 6)), Proven{}, Claimed{6, 0}, "pcr-mismatch@6 pcr-mismatch@6"},
@@ -390,7 +393,8 @@ func TestCutBehindThePrefix(t *testing.T) {
 	res := check(t, list[:len(list)-1], Options{PCRs: given})
 	var replay *ReplayError
 	err := res.Err()
-	if !errors.As(err, &replay) || replay.Kind != Cut || replay.Entry != 5 || replay.Offset != size || !errors.Is(err, io.ErrUnexpectedEOF) {
+	if !errors.As(err, &replay) || replay.Kind != Cut || replay.Entry != 5 || replay.Offset != size ||
+		!errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("cut: %v", err)
 	}
 	if res.Proven.Prefix != 4 || res.Claimed.Trailing != 1 || res.Entries != 5 || res.Size != size {
@@ -408,7 +412,8 @@ func TestErrors(t *testing.T) {
 	broken := errors.New("disk on fire")
 	made := entries(t, 500, nil)
 	list := encode(made, ima.SHA1)
-	res, err := List(io.MultiReader(bytes.NewReader(list), iotest.ErrReader(broken)), Options{PCRs: after(made, allBanks(), 10)})
+	r := io.MultiReader(bytes.NewReader(list), iotest.ErrReader(broken))
+	res, err := List(r, Options{PCRs: after(made, allBanks(), 10)})
 	if !errors.Is(err, broken) || res.Proven.Prefix != 501 {
 		t.Errorf("%v, %+v", err, res.Proven)
 	}

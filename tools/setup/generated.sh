@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# generated.sh: fail if the committed generated files are not what their sources give now.
+# generated.sh: fail if the generated files are not what their sources give now. The compiler is pinned to Debian 12's:
+# elsewhere this is left to CI, which sets IMANS_REQUIRE_VM and forbids leaving anything out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+if [ -z "${IMANS_REQUIRE_VM:-}" ] && ! grep -qs '^VERSION_CODENAME=bookworm$' /etc/os-release; then
+	echo "generated files not checked: they are made with Debian 12's clang-19"
+	exit 0
+fi
+tools/setup/deps.sh generate
 files=(internal/loader/imans_x86_bpfel.go internal/loader/imans_x86_bpfel.o internal/loader/imans_arm64_bpfel.go
 	internal/loader/imans_arm64_bpfel.o bpf/loss.h internal/event/loss.go docs/losses.md)
 before=$(sha256sum "${files[@]}")

@@ -23,7 +23,7 @@ import (
 )
 
 // program is the agent as users run it.
-const program = "/payload/imans-agent"
+const program = "/usr/local/bin/imans-agent"
 
 // nativePCR is free on the matrix's kernels (their own IMA extends its boot_aggregate into PCR 10), and can be reset for the next
 // test.

@@ -1,7 +1,7 @@
 #!/bin/bash
 # The demonstration, run as root in a machine with a TPM: two containers and a nested namespace, their lists, their proofs.
 set -euo pipefail
-run=/run/imans pcr=11 work=/root/demo
+pcr=11 work=/root/demo
 mkdir -p $work && cd $work
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
