@@ -127,7 +127,7 @@ func (p *pump) batch(ctx context.Context) (int, error) {
 			return n, err
 		}
 		if key, ok := entry.Key(); ok {
-			if err := p.kernel.MarkMeasured(key); err != nil {
+			if err := p.tree.Mark(key); err != nil {
 				return n, err
 			}
 		}

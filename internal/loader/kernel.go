@@ -139,7 +139,18 @@ func (k *Kernel) MarkMeasured(key event.MeasuredKey) error {
 	return nil
 }
 
-// ForgetNamespace drops what was marked as measured for a namespace that has ended.
+// Forget drops marks. One that is not there is no error.
+func (k *Kernel) Forget(keys []event.MeasuredKey) error {
+	for _, key := range keys {
+		if err := k.maps[imansMapMeasuredContents].Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("forget measured content: %w", err)
+		}
+	}
+	return nil
+}
+
+// ForgetNamespace drops all that was marked as measured for a namespace that has ended. It goes through the whole map; Forget is
+// quicker for who knows the keys.
 func (k *Kernel) ForgetNamespace(ns event.MountNS) error {
 	return k.forget(func(key event.MeasuredKey) bool { return key.MountNS == ns.ID })
 }
@@ -164,10 +175,8 @@ func (k *Kernel) forget(match func(event.MeasuredKey) bool) error {
 		if len(keys) == 0 {
 			return nil
 		}
-		for _, key := range keys {
-			if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				return fmt.Errorf("forget measured content: %w", err)
-			}
+		if err := k.Forget(keys); err != nil {
+			return err
 		}
 	}
 }

@@ -20,16 +20,24 @@ import (
 
 // Pending is what must happen before a record may be given back to the kernel.
 type Pending struct {
-	receipts []measure.Receipt
-	mark     bool // nothing of the event is in doubt: its content needs no event any more
-	key      event.MeasuredKey
+	entries []pendingEntry
+	mark    bool // nothing of the event is in doubt: its content needs no event any more
+	key     event.MeasuredKey
 }
 
-// Logged waits until all entries of the record are in their logs.
+// pendingEntry is one entry on its way into a list.
+type pendingEntry struct {
+	state   *State
+	receipt measure.Receipt
+}
+
+// Logged waits until all entries of the record are in their logs. A list that can't go on is given up, the native one apart.
 func (p Pending) Logged(ctx context.Context) error {
-	for _, r := range p.receipts {
-		if err := r.Logged(ctx); err != nil {
-			return err
+	for _, e := range p.entries {
+		if err := e.receipt.Logged(ctx); err != nil {
+			if err := e.state.giveUp(ctx, err); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -67,7 +75,7 @@ func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
 	s, ok := t.known(ev.NS)
 	if !ok {
 		// Its birth was lost, or it was there without any task when the agent began.
-		s = t.add(ev.NS, t.parentOf(ev.NS), "met by an event")
+		s = t.add(ev.NS, t.parentOf(ev.NS), originMet)
 		if err := t.publish(s); err != nil {
 			return Pending{}, err
 		}
@@ -151,8 +159,16 @@ func (l *look) measure(n, s *State) error {
 		if d.Actions&(ima.Measure|ima.Audit) == 0 {
 			continue
 		}
+		if n.ended {
+			l.inDoubt = true
+			continue
+		}
 		if err := n.open(l.ctx); err != nil {
-			return err
+			l.inDoubt = true
+			if err := n.giveUp(l.ctx, err); err != nil {
+				return err
+			}
+			continue
 		}
 		sum, loss := l.digest(s, l.tree.config.Algo)
 		if d.Actions&ima.Audit != 0 {
@@ -216,7 +232,7 @@ func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
 		}
 		l.entries[key] = e
 	}
-	l.pending.receipts = append(l.pending.receipts, n.list.Append(e))
+	l.pending.entries = append(l.pending.entries, pendingEntry{n, n.list.Append(e)})
 	return nil
 }
 

@@ -101,14 +101,20 @@ func (t *Tree) Loss(ctx context.Context, reason event.Loss) error {
 // between the loss is told again, never forgotten.
 func (s *State) recordLoss(ctx context.Context, name string, reason event.Loss) error {
 	for n := s; n != nil; n = n.parent {
-		if err := n.open(ctx); err != nil {
-			return err
+		if n.ended {
+			continue
 		}
-		if err := n.appendViolation(name, reason); err != nil {
-			return err
+		err := n.open(ctx)
+		if err == nil {
+			err = n.appendViolation(name, reason)
 		}
-		if err := n.list.Barrier(ctx); err != nil {
-			return err
+		if err == nil {
+			err = n.list.Barrier(ctx)
+		}
+		if err != nil {
+			if err := n.giveUp(ctx, err); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

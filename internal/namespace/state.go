@@ -41,6 +41,8 @@ type State struct {
 	entered    int            // processes that came in from outside
 
 	// The goroutine that handles records only.
+	ended   bool                // the list can't go on; its ancestors' lists say so
+	marks   []event.MeasuredKey // contents that the kernel side was told need no event any more
 	tpm     *tpmext.TPM
 	root    *digest.Root
 	writers map[event.Content]bool // contents whose open writers are on record
@@ -142,6 +144,20 @@ func (s *State) open(ctx context.Context) error {
 	return s.appendViolation(lossName(event.LossVtpmLost, s.ns, 1), event.LossVtpmLost)
 }
 
+// giveUp ends the list of a namespace for good and has its ancestors' lists say so. The others are not concerned. The native list
+// can't be given up: its error is the agent's.
+func (s *State) giveUp(ctx context.Context, cause error) error {
+	if s.parent == nil || ctx.Err() != nil {
+		return cause
+	}
+	if s.ended {
+		return nil
+	}
+	s.ended = true
+	s.tree.log.Error("a namespace's list ended", zap.Stringer("ns", s.ns), zap.Error(cause))
+	return s.parent.recordLoss(ctx, lossName(event.LossListEnded, s.ns, 1), event.LossListEnded)
+}
+
 // openTPM finds the vTPM of an earlier agent, or starts one where there never was any.
 func (s *State) openTPM(ctx context.Context) (*tpmext.TPM, error) {
 	c := s.vtpmConfig()
@@ -177,9 +193,28 @@ func (s *State) openList(ctx context.Context, tpm measure.TPM) error {
 		c.Log.Info("list recovered", zap.Stringer("ns", s.ns), zap.Int("entries", recovery.Entries),
 			zap.Int("extended again", recovery.Unextended), zap.Int64("cut bytes", recovery.CutBytes))
 	}
+	if err := s.checkPCRs(ctx, list, recovery); err != nil {
+		return errors.Join(err, list.Close())
+	}
 	s.tree.mu.Lock()
 	s.list = list
 	s.tree.mu.Unlock()
+	return nil
+}
+
+// checkPCRs makes sure, when a list begins, that the registers which the policy's rules name are nobody else's.
+func (s *State) checkPCRs(ctx context.Context, list *measure.List, recovery measure.Recovery) error {
+	if recovery.Entries > 1 {
+		return nil // they hold what the list extended, which Open has looked at
+	}
+	for _, pcr := range s.policy.PCRs() {
+		if pcr == s.pcr {
+			continue
+		}
+		if err := list.CheckPCR(ctx, pcr); err != nil {
+			return fmt.Errorf("a rule with pcr=%d: %w", pcr, err)
+		}
+	}
 	return nil
 }
 

@@ -116,10 +116,12 @@ func (t *Tree) Start(ctx context.Context) error {
 	}
 	delete(parents, native)
 	for _, ns := range topDown(parents, native) {
-		s := t.add(ns, t.lookup(parents[ns]), "present at start")
+		s := t.add(ns, t.lookup(parents[ns]), originFound)
 		if _, ok := left[ns]; ok {
 			if err := s.open(ctx); err != nil {
-				return err
+				if err := s.giveUp(ctx, err); err != nil {
+					return err
+				}
 			}
 		}
 	}
@@ -132,7 +134,7 @@ func (t *Tree) startNative(ctx context.Context, ns event.MountNS) error {
 	if err := durable.Mkdir(dir); err != nil {
 		return err
 	}
-	s := &State{tree: t, ns: ns, dir: dir, policy: t.config.NativePolicy, pcr: t.config.NativePCR, born: t.bootAt, origin: "native"}
+	s := &State{tree: t, ns: ns, dir: dir, policy: t.config.NativePolicy, pcr: t.config.NativePCR, born: t.bootAt, origin: originNative}
 	if err := s.openList(ctx, t.config.NativeTPM); err != nil {
 		return err
 	}
@@ -217,6 +219,14 @@ func (t *Tree) known(ns event.MountNS) (*State, bool) {
 	return s, ok
 }
 
+// How a namespace came to be known.
+const (
+	originNative = "native"
+	originFound  = "present at start"
+	originBorn   = "born"
+	originMet    = "met by an event" // its birth was lost
+)
+
 // add makes the state of a namespace. Its list and vTPM come with its first entry.
 func (t *Tree) add(ns event.MountNS, parent *State, origin string) *State {
 	s := &State{
@@ -235,7 +245,7 @@ func (t *Tree) Birth(b *event.Birth) error {
 	if _, ok := t.known(b.NS); ok {
 		return nil // seen by Start already
 	}
-	s := t.add(b.NS, t.lookup(b.Parent), "born")
+	s := t.add(b.NS, t.lookup(b.Parent), originBorn)
 	s.leader = event.Process{TGID: b.Creator}
 	t.log.Debug("namespace born", zap.Stringer("ns", b.NS), zap.Stringer("parent", s.parent.ns))
 	return t.publish(s)
@@ -272,9 +282,25 @@ func (t *Tree) Death(ns event.MountNS) error {
 	for _, c := range orphans {
 		errs = append(errs, c.record(), t.publish(c))
 	}
-	errs = append(errs, s.end(), t.config.Kernel.ForgetNamespace(ns))
+	errs = append(errs, s.end(), t.forgetMarks(s))
 	t.log.Debug("namespace ended", zap.Stringer("ns", ns))
 	return errors.Join(errs...)
+}
+
+// Mark tells the kernel side that a content needs no event any more.
+func (t *Tree) Mark(key event.MeasuredKey) error {
+	if s, ok := t.known(event.MountNS{ID: key.MountNS}); ok && s != t.native {
+		s.marks = append(s.marks, key)
+	}
+	return t.config.Kernel.MarkMeasured(key)
+}
+
+// forgetMarks takes the marks of a namespace that has ended out of the kernel side's map, those of an earlier agent too.
+func (t *Tree) forgetMarks(s *State) error {
+	if s.origin == originFound && t.config.Kernel.Origin() == loader.Adopted {
+		return t.config.Kernel.ForgetNamespace(s.ns)
+	}
+	return t.config.Kernel.Forget(s.marks)
 }
 
 // Reconcile ends the states of namespaces that the kernel side does not know any more: their deaths came while no agent ran and

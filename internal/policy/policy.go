@@ -68,3 +68,14 @@ func (p *Policy) SetxattrAlgos() AlgoSet {
 	}
 	return 0
 }
+
+// PCRs returns the registers that rules name by pcr=, each once, in the order of the rules.
+func (p *Policy) PCRs() []int {
+	var pcrs []int
+	for _, r := range p.rules {
+		if r.has(flagPCR) && !slices.Contains(pcrs, r.pcr) {
+			pcrs = append(pcrs, r.pcr)
+		}
+	}
+	return pcrs
+}

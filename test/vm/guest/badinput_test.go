@@ -209,3 +209,28 @@ func TestMainJobTPMGoesAway(t *testing.T) {
 	syscall.Kill(swtpm, syscall.SIGCONT)
 	a.verify(c.ns())
 }
+
+// Someone extends a container's vTPM behind the agent's back: that list ends, the lists above say so, and the others go on.
+func TestMainJobForeignExtend(t *testing.T) {
+	a := startAgent(t)
+	prepare := func(root string) { makeProgram(t, root+"/bin/later") }
+	victim, other := startContainer(t, "victim", ":", prepare), startContainer(t, "other", ":", prepare)
+	n := a.settled(victim.ns())
+	a.settled(other.ns())
+	a.stop()
+	run(t, "tpm2_pcrextend", "-T", "swtpm:path="+strings.TrimPrefix(n.TPM, "unix:"), "10:sha256="+strings.Repeat("5a", 32))
+	a.start()
+	sh(t, "runc exec victim /bin/later; runc exec other /bin/later")
+	got, _ := names(a.list(other.ns()))
+	if got["/bin/later"] != 1 {
+		t.Errorf("the other container's list does not go on: %v", got)
+	}
+	_, violations := names(a.list("native"))
+	if violations["imans-lost/list_ended/"+n.Name()+"/1"] != 1 {
+		t.Errorf("the native list does not say that a list ended: %v", violations)
+	}
+	if !strings.Contains(a.log.String(), "contradict each other") {
+		t.Errorf("the log does not say why: %s", a.log)
+	}
+	a.verify("native", other.ns())
+}
