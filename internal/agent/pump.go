@@ -28,6 +28,7 @@ type pump struct {
 	tree     *namespace.Tree
 	log      *zap.Logger
 	barriers chan chan error
+	lost     bool // among the records lost may be deaths
 }
 
 func newPump(k *loader.Kernel, t *namespace.Tree, log *zap.Logger) *pump {
@@ -59,7 +60,7 @@ func (p *pump) run(ctx context.Context) error {
 		case <-poll.C:
 			_, err = p.batch(ctx)
 		case <-loss.C:
-			err = p.tree.Losses(ctx)
+			err = p.losses(ctx)
 		case <-kernelIMA.C:
 			err = p.watchKernelIMA()
 		case reply := <-p.barriers:
@@ -83,9 +84,20 @@ func (p *pump) drain(ctx context.Context) error {
 			return err
 		}
 		if n == 0 {
-			return p.tree.Losses(ctx)
+			return p.losses(ctx)
 		}
 	}
+}
+
+// losses records what the kernel side lost, and once all records are handled ends what ended unseen.
+func (p *pump) losses(ctx context.Context) error {
+	lost, err := p.tree.Losses(ctx)
+	p.lost = p.lost || lost
+	if err != nil || !p.lost || p.kernel.Backlog() > 0 {
+		return err
+	}
+	p.lost = false
+	return p.tree.Reconcile()
 }
 
 // barrier returns when everything that the kernel side recorded before the call is in the lists.

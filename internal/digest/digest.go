@@ -113,11 +113,14 @@ func Sum(f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error
 // number, size and times, but a device of the overlay's own.
 func same(f *os.File, ev *event.File) error {
 	var st unix.Statx_t
-	want := unix.STATX_INO | unix.STATX_SIZE | unix.STATX_CTIME | unix.STATX_NLINK
+	want := unix.STATX_INO | unix.STATX_SIZE | unix.STATX_CTIME | unix.STATX_TYPE
 	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, want, &st); err != nil {
 		return fmt.Errorf("stat %s: %w", f.Name(), err)
 	}
 	c := ev.Content
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return fmt.Errorf("%w: not a regular file", ErrUnreachable)
+	}
 	if st.Ino != c.Ino && st.Ino != ev.SeenIno {
 		return fmt.Errorf("%w: inode %d, want %d", ErrUnreachable, st.Ino, c.Ino)
 	}

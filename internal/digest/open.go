@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
 )
 
 // Root is a kept way into a mount namespace: a descriptor of its root folder. It pins the namespace's mounts, so it must be
@@ -75,22 +76,31 @@ func Open(ev *event.File, root *Root) (*os.File, error) {
 			reasons = append(reasons, err)
 			continue
 		}
-		f := os.NewFile(uintptr(fd), ev.Path)
-		if err := same(f, ev); err != nil {
-			f.Close()
-			reasons = append(reasons, err)
-			if errors.Is(err, ErrChanged) {
-				return nil, err
-			}
-			continue
+		f, err := verified(fd, ev)
+		if err == nil || errors.Is(err, ErrChanged) {
+			return f, err
 		}
-		return f, nil
+		reasons = append(reasons, err)
 	}
 	return nil, fmt.Errorf("open %q: %w (%w)", ev.Path, ErrUnreachable, errors.Join(reasons...))
 }
 
-// flags: NONBLOCK, because a name may lead to a FIFO by now.
-const openFlags = unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY
+// openFlags only find the file: a name may lead to a device or a FIFO by now, and opening those has effects.
+const openFlags = unix.O_PATH | unix.O_CLOEXEC
+
+// verified opens for reading what was found, once it is known to be the regular file that the event saw. It closes found.
+func verified(found int, ev *event.File) (*os.File, error) {
+	path := os.NewFile(uintptr(found), ev.Path)
+	defer path.Close()
+	if err := same(path, ev); err != nil {
+		return nil, err
+	}
+	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", found), unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open %q for reading: %w", ev.Path, err)
+	}
+	return os.NewFile(uintptr(fd), ev.Path), nil
+}
 
 func openBelow(root *Root, path string) (int, error) {
 	if root == nil || !strings.HasPrefix(path, "/") {
@@ -150,6 +160,40 @@ func mappingName(ev *event.File) (string, error) {
 	return "", errors.New("the mapping is gone")
 }
 
+// slowLimit bounds how long a file of a file system that others run (FUSE, network) is waited for.
+const slowLimit = 10 * time.Second
+
+// Hash opens the file that the event saw and hashes it, as Open and Sum do. A file system that is not Versioned may be in the hands
+// of whoever would like to hold up the agent: it gets ten seconds, then the error is os.ErrDeadlineExceeded.
+func Hash(ev *event.File, root *Root, algos ...ima.HashAlgo) ([]ima.Digest, error) {
+	hash := func() ([]ima.Digest, error) {
+		f, err := Open(ev, root)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		return Sum(f, ev, algos...)
+	}
+	if Versioned(ev.RealFS.Magic) {
+		return hash()
+	}
+	type result struct {
+		sums []ima.Digest
+		err  error
+	}
+	done := make(chan result, 1)
+	go func() { // ends when the file system answers, or with it
+		sums, err := hash()
+		done <- result{sums, err}
+	}()
+	select {
+	case r := <-done:
+		return r.sums, r.err
+	case <-time.After(slowLimit):
+		return nil, fmt.Errorf("hash %q: %w: its file system does not answer", ev.Path, os.ErrDeadlineExceeded)
+	}
+}
+
 // Kinds of security.ima that hold a signature. Source: security/integrity/integrity.h, enum evm_ima_xattr_type.
 const (
 	imaSignature    = 3 // EVM_IMA_XATTR_DIGSIG
@@ -158,7 +202,7 @@ const (
 
 // Signature returns security.ima of an open file if it is a signature, else nil.
 func Signature(f *os.File) []byte {
-	b := make([]byte, 4096)
+	b := make([]byte, 65536) // XATTR_SIZE_MAX
 	n, err := unix.Fgetxattr(int(f.Fd()), "security.ima", b)
 	if err != nil || n < 2 || b[0] != imaSignature && b[0] != veritySignature {
 		return nil

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 
@@ -53,9 +52,7 @@ type look struct {
 	ctx     context.Context
 	name    string
 	digests map[ima.HashAlgo]ima.Digest
-	opened  *os.File
-	openErr error
-	tried   bool
+	because error // why there is no digest
 	sig     []byte
 	sigRead bool
 	entries map[entryKey]*imalog.Entry
@@ -72,13 +69,9 @@ type entryKey struct {
 
 // File measures a file in the list of its namespace and of each ancestor that wants it.
 func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
-	s, ok := t.known(ev.NS)
-	if !ok {
-		// Its birth was lost, or it was there without any task when the agent began.
-		s = t.add(ev.NS, t.parentOf(ev.NS), originMet)
-		if err := t.publish(s); err != nil {
-			return Pending{}, err
-		}
+	s, err := t.stateOf(ctx, ev.NS)
+	if err != nil {
+		return Pending{}, err
 	}
 	t.mu.Lock()
 	t.events++
@@ -89,7 +82,6 @@ func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
 	t.mu.Unlock()
 	l := &look{tree: t, ev: ev, ctx: ctx, digests: map[ima.HashAlgo]ima.Digest{}, entries: map[entryKey]*imalog.Entry{}}
 	l.name = l.findName(s)
-	defer l.close()
 	for n := s; n != nil; n = n.parent {
 		if err := l.measure(n, s); err != nil {
 			return Pending{}, fmt.Errorf("measure %q in namespace %v: %w", l.name, n.ns, err)
@@ -100,13 +92,22 @@ func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
 	return l.pending, nil
 }
 
-// parentOf asks the kernel side for a parent.
-func (t *Tree) parentOf(ns event.MountNS) *State {
+// stateOf returns the state of an event's namespace. One that is not known had its birth lost, or was there without any task when the
+// agent began: the kernel side knows it and its parent. If not even that, it is gone, and its event is the native list's alone.
+func (t *Tree) stateOf(ctx context.Context, ns event.MountNS) (*State, error) {
+	if s, ok := t.known(ns); ok {
+		return s, nil
+	}
 	registered, err := t.config.Kernel.Registered()
 	if err != nil {
-		t.log.Warn("find a namespace's parent", zap.Stringer("ns", ns), zap.Error(err))
+		return nil, err
 	}
-	return t.lookup(registered[ns])
+	parent, ok := registered[ns]
+	if !ok {
+		return t.native, t.native.recordLoss(ctx, lossName(event.LossNoNamespaceID, ns, 1), event.LossNoNamespaceID)
+	}
+	s := t.add(ns, t.lookup(parent), originMet)
+	return s, t.publish(s)
 }
 
 // provable reports whether the content's identity stands for its bytes from the event on.
@@ -222,7 +223,7 @@ func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
 			l.inDoubt = true
 			l.tree.countLoss(key.loss)
 			l.tree.log.Warn("violation", zap.Stringer("reason", key.loss), zap.String("file", l.name), zap.Stringer("ns", l.ev.NS),
-				zap.NamedError("because", l.openErr))
+				zap.NamedError("because", l.because))
 		} else {
 			v.Sig = l.signature(s, key.template)
 			e, err = imalog.NewEntry(key.pcr, key.template, v)
@@ -262,22 +263,17 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 			return d, 0
 		}
 	}
-	f, err := l.open(s)
-	var sums []ima.Digest
-	if err == nil {
-		sums, err = digest.Sum(f, l.ev, algo)
-		l.tree.cache.CountHashed()
-	}
+	sums, err := digest.Hash(l.ev, l.root(s), algo)
+	l.because = err
 	switch {
 	case errors.Is(err, digest.ErrChanged):
-		l.openErr = err
 		return ima.Digest{}, event.LossContentChanged
 	case errors.Is(err, digest.ErrUnreachable):
 		return ima.Digest{}, event.LossFileUnreachable
 	case err != nil:
-		l.openErr = err
 		return ima.Digest{}, event.LossReadError
 	}
+	l.tree.cache.CountHashed()
 	l.digests[algo] = sums[0]
 	if cacheable {
 		l.tree.cache.Put(l.ev.Content, sums[0])
@@ -287,18 +283,14 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 	return sums[0], 0
 }
 
-// open opens the very file, once.
-func (l *look) open(s *State) (*os.File, error) {
-	if !l.tried {
-		l.tried = true
-		if s.root == nil {
-			if root, err := digest.OpenRoot(l.ev.Process); err == nil {
-				s.root = root
-			}
+// root returns the way into the event's namespace that is kept from the first time it was needed; nil if there is none.
+func (l *look) root(s *State) *digest.Root {
+	if s.root == nil {
+		if root, err := digest.OpenRoot(l.ev.Process); err == nil {
+			s.root = root
 		}
-		l.opened, l.openErr = digest.Open(l.ev, s.root)
 	}
-	return l.opened, l.openErr
+	return s.root
 }
 
 // signature returns security.ima if the template shows it and it is a signature. A file that can't be opened any more is taken
@@ -307,17 +299,13 @@ func (l *look) signature(s *State, template string) []byte {
 	if !slices.Contains([]string{imalog.Sig, imalog.Sigv2, imalog.Modsig}, template) && !strings.Contains(template, "|sig") {
 		return nil
 	}
-	if !l.sigRead {
-		l.sigRead = true
-		if f, err := l.open(s); err == nil {
-			l.sig = digest.Signature(f)
-		}
+	if l.sigRead || !digest.Versioned(l.ev.RealFS.Magic) {
+		return l.sig // of a file system that others run it would be their word, and may take their time
+	}
+	l.sigRead = true
+	if f, err := digest.Open(l.ev, l.root(s)); err == nil {
+		l.sig = digest.Signature(f)
+		f.Close()
 	}
 	return l.sig
-}
-
-func (l *look) close() {
-	if l.opened != nil {
-		l.opened.Close()
-	}
 }

@@ -61,11 +61,16 @@ func (t *Tree) readRecordedLosses(list *measure.List) error {
 }
 
 // Losses turns the kernel side's counters into violations in the lists of the namespaces concerned and of all their ancestors,
-// and waits until they are logged. What is on record already is not told again.
-func (t *Tree) Losses(ctx context.Context) error {
+// and waits until they are logged. What is on record already is not told again. It reports whether there was anything to tell:
+// among the lost may be deaths, so call Reconcile when all records are handled.
+func (t *Tree) Losses(ctx context.Context) (any bool, err error) {
 	losses, err := t.config.Kernel.Losses()
+	if err != nil || len(losses) == 0 {
+		return false, err
+	}
+	registered, err := t.config.Kernel.Registered()
 	if err != nil {
-		return err
+		return false, err
 	}
 	for key, count := range losses {
 		t.mu.Lock()
@@ -78,18 +83,22 @@ func (t *Tree) Losses(ctx context.Context) error {
 				s = t.native
 			}
 			t.log.Error("events lost", zap.Stringer("reason", key.Reason), zap.Stringer("ns", key.NS), zap.Uint64("count", missing))
+			any = true
 			if err := s.recordLoss(ctx, lossName(key.Reason, key.NS, missing), key.Reason); err != nil {
-				return err
+				return any, err
 			}
 		}
-		if !known {
+		if _, alive := registered[key.NS]; !alive && !key.NS.IsZero() {
+			// Nobody is left to add to it.
 			if err := t.config.Kernel.ForgetLosses(key); err != nil {
-				return err
+				return any, err
 			}
+			t.mu.Lock()
 			delete(t.recorded, key)
+			t.mu.Unlock()
 		}
 	}
-	return nil
+	return any, nil
 }
 
 // Loss records that an event of the agent's own side could not be measured, in the native list.
