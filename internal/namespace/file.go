@@ -52,7 +52,8 @@ type look struct {
 	ctx     context.Context
 	name    string
 	digests map[ima.HashAlgo]ima.Digest
-	because error // why there is no digest
+	loss    event.Loss // why there is no digest
+	because error      // the same, in detail
 	sig     []byte
 	sigRead bool
 	entries map[entryKey]*imalog.Entry
@@ -255,8 +256,8 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 		}
 		return d, 0
 	}
-	if d, ok := l.digests[algo]; ok {
-		return d, 0
+	if d, ok := l.digests[algo]; ok || l.loss != 0 {
+		return d, l.loss
 	}
 	if cacheable {
 		if d := l.tree.cache.Get(l.ev.Content, algo); !d.IsNone() {
@@ -264,14 +265,14 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 		}
 	}
 	sums, err := digest.Hash(l.ev, l.root(s), algo)
-	l.because = err
-	switch {
-	case errors.Is(err, digest.ErrChanged):
-		return ima.Digest{}, event.LossContentChanged
-	case errors.Is(err, digest.ErrUnreachable):
-		return ima.Digest{}, event.LossFileUnreachable
-	case err != nil:
-		return ima.Digest{}, event.LossReadError
+	if err != nil {
+		l.because, l.loss = err, event.LossReadError
+		if errors.Is(err, digest.ErrChanged) {
+			l.loss = event.LossContentChanged
+		} else if errors.Is(err, digest.ErrUnreachable) {
+			l.loss = event.LossFileUnreachable
+		}
+		return ima.Digest{}, l.loss
 	}
 	l.tree.cache.CountHashed()
 	l.digests[algo] = sums[0]
