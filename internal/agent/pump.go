@@ -14,10 +14,14 @@ import (
 const (
 	// pollEvery is how often the ring buffer is looked at: being woken for each record would cost an exec-heavy load half its speed.
 	pollEvery = 5 * time.Millisecond
+	// idleEvery is the same once nothing has come for idleAfter looks: each look costs what running a twentieth of a program does.
+	// A barrier looks at once.
+	idleEvery = 50 * time.Millisecond
+	idleAfter = 20
 	// batchMax is how many records are read before their entries are waited for.
 	batchMax = 1024
 	// lossEvery is how often the loss counters are looked at.
-	lossEvery = 100 * time.Millisecond
+	lossEvery = 250 * time.Millisecond
 	// kernelIMAEvery is how often the kernel's own IMA is looked at.
 	kernelIMAEvery = time.Second
 )
@@ -52,13 +56,15 @@ func (p *pump) run(ctx context.Context) error {
 	defer poll.Stop()
 	defer loss.Stop()
 	defer kernelIMA.Stop()
-	for {
+	for empty := 0; ; {
 		var err error
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-poll.C:
-			_, err = p.batch(ctx)
+			var n int
+			n, err = p.batch(ctx)
+			empty = pace(poll, empty, n)
 		case <-loss.C:
 			err = p.losses(ctx)
 		case <-kernelIMA.C:
@@ -74,6 +80,21 @@ func (p *pump) run(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// pace slows the looks down when nothing comes, and quickens them when something does. It returns how many looks in a row were
+// empty.
+func pace(poll *time.Ticker, empty, records int) int {
+	if records == 0 {
+		if empty++; empty == idleAfter {
+			poll.Reset(idleEvery)
+		}
+		return empty
+	}
+	if empty >= idleAfter {
+		poll.Reset(pollEvery)
+	}
+	return 0
 }
 
 // drain handles all that is recorded now, losses included.
