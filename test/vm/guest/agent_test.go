@@ -97,7 +97,7 @@ func (a *agent) launch() {
 func (a *agent) start() {
 	a.t.Helper()
 	a.launch()
-	deadline := time.Now().Add(60 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for {
 		if _, err := a.client().Status(a.t.Context()); err == nil {
 			return
@@ -217,7 +217,7 @@ func (a *agent) namespaces() map[uint32]control.Namespace {
 // settled waits until a namespace's list is in its TPM, and returns the namespace.
 func (a *agent) settled(name string) control.Namespace {
 	a.t.Helper()
-	for deadline := time.Now().Add(60 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		n, err := a.client().Namespace(a.t.Context(), name)
 		if err != nil {
 			a.t.Fatal(err)
@@ -248,7 +248,7 @@ func mountNS(t *testing.T, pid int) uint32 {
 // sh runs a line of shell and returns its output.
 func sh(t *testing.T, line string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, "/bin/bash", "-c", line).CombinedOutput()
 	if err != nil {
@@ -260,7 +260,7 @@ func sh(t *testing.T, line string) string {
 // exits runs a command and returns its exit status and output.
 func exits(t *testing.T, name string, args ...string) (int, string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
 	var exit *exec.ExitError

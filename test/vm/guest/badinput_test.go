@@ -108,7 +108,7 @@ func TestMainJobFullStateFolder(t *testing.T) {
 	a.start()
 	sh(t, fmt.Sprintf("dd if=/dev/zero of=%s/state/filler bs=1k 2>/dev/null || true", a.dir))
 	digests := startLoad(t, tempDir(t, "/root"), 100, 3).wait()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for !bytes.Contains(a.log.Bytes(), []byte("make room")) && time.Now().Before(deadline) {
 		time.Sleep(50 * time.Millisecond)
 	}

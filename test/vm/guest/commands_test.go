@@ -88,7 +88,7 @@ func TestMainJobFollow(t *testing.T) {
 	}()
 	await := func(want string) {
 		t.Helper()
-		for deadline := time.After(20 * time.Second); ; {
+		for deadline := time.After(time.Minute); ; {
 			select {
 			case line := <-lines:
 				if strings.Contains(line, want) {

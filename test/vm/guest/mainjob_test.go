@@ -110,7 +110,7 @@ wait
 		cmd.Process.Kill()
 		cmd.Wait()
 	}()
-	sh(t, fmt.Sprintf("for i in $(seq 1200); do [ -e %s/bottom ] && exit 0; sleep 0.1; done; exit 1", dir))
+	sh(t, fmt.Sprintf("for i in $(seq 2400); do [ -e %s/bottom ] && exit 0; sleep 0.1; done; exit 1", dir))
 
 	for at := 1; at <= depth; at++ {
 		inum := strings.Trim(sh(t, fmt.Sprintf("cat %s/ns-%d", dir, at)), "mnt:[]")

@@ -82,7 +82,7 @@ func (a *agent) stop() {
 // awaitGone waits until the agent knows no namespace of that inode number.
 func (a *agent) awaitGone(inum uint32) {
 	a.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if _, ok := a.namespaces()[inum]; !ok {
 			return
 		}
