@@ -20,6 +20,8 @@ const (
 	outputPoll    = 50 * time.Millisecond
 	consoleTail   = 80 // lines shown of a crashed machine
 	runFolder     = ".vm"
+	bootAttempts  = 3
+	reasonPanic   = "the kernel panicked"
 )
 
 // errLimit is the cause of a context that ended because of Machine.Limit.
@@ -75,7 +77,23 @@ func (e *CrashError) Error() string {
 
 // Run boots the image, runs the command and powers off. It returns an error only if there is no exit status to return: a
 // *CrashError, or what kept the machine from starting. When ctx ends, QEMU and the TPM are killed.
+//
+// Under TCG with two CPUs a kernel now and then panics while it boots, in its own code patching, before anything of ours runs.
+// Such a machine is booted again, and m.Output says so; a panic later than that is never forgiven.
 func (img *Image) Run(ctx context.Context, m Machine) (Outcome, error) {
+	for attempt := 1; ; attempt++ {
+		out, err := img.runOnce(ctx, m)
+		var crash *CrashError
+		if attempt == bootAttempts || !errors.As(err, &crash) || out.Boot > 0 || crash.Reason != reasonPanic || haveKVM() {
+			return out, err
+		}
+		if m.Output != nil {
+			fmt.Fprintf(m.Output, "kernel %s panicked while booting under emulation; booting it again\n", img.Kernel.Name)
+		}
+	}
+}
+
+func (img *Image) runOnce(ctx context.Context, m Machine) (Outcome, error) {
 	work, err := os.MkdirTemp("", "imans-vm-")
 	if err != nil {
 		return Outcome{}, fmt.Errorf("make the machine's folder: %w", err)
@@ -161,7 +179,7 @@ func (img *Image) power(ctx context.Context, m Machine, work string, tpm *hardwa
 	case ctx.Err() != nil:
 		return out, context.Cause(ctx)
 	case bytes.Contains(tail, []byte("Kernel panic")):
-		crash.Reason = "the kernel panicked"
+		crash.Reason = reasonPanic
 	case qemuErr != nil:
 		crash.Reason = fmt.Sprintf("QEMU: %v: %s", qemuErr, lastLines(said.String(), 5))
 	default:

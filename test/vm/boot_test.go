@@ -101,6 +101,22 @@ func TestRunThatDoesNotEnd(t *testing.T) {
 			t.Errorf("output before the panic: %q", output.String())
 		}
 	})
+	t.Run("panic while booting", func(t *testing.T) {
+		t.Parallel()
+		var output bytes.Buffer
+		_, err := img.Run(t.Context(), Machine{Command: "true", Append: "rdinit=/nonexistent root=/nonexistent", Output: &output})
+		var crash *CrashError
+		if !errors.As(err, &crash) || crash.Reason != reasonPanic {
+			t.Fatalf("got %v, want a panic", err)
+		}
+		again := bootAttempts - 1
+		if haveKVM() {
+			again = 0
+		}
+		if n := strings.Count(output.String(), "booting it again"); n != again {
+			t.Errorf("booted again %d times, want %d:\n%s", n, again, &output)
+		}
+	})
 	t.Run("limit", func(t *testing.T) {
 		t.Parallel()
 		_, err := img.Run(t.Context(), Machine{Command: "sleep 600", Limit: 3 * time.Second})
