@@ -43,7 +43,6 @@ type Kernel struct {
 	maps   map[string]*ebpf.Map
 	links  map[string]link.Link
 	ring   *ring
-	pinDir string
 	origin Origin
 }
 
@@ -179,18 +178,6 @@ func (k *Kernel) forget(match func(event.MeasuredKey) bool) error {
 			return err
 		}
 	}
-}
-
-// Measured returns how many contents are marked as measured.
-func (k *Kernel) Measured() (int, error) {
-	n := 0
-	var key event.MeasuredKey
-	var value uint32
-	it := k.maps[imansMapMeasuredContents].Iterate()
-	for it.Next(&key, &value) {
-		n++
-	}
-	return n, it.Err()
 }
 
 // LossKey names a counter of lost events.

@@ -114,7 +114,7 @@ func adopt(spec *ebpf.CollectionSpec, o Options) (_ *Kernel, err error) {
 	if err := checkBuild(o); err != nil {
 		return nil, err
 	}
-	k := &Kernel{maps: map[string]*ebpf.Map{}, links: map[string]link.Link{}, pinDir: o.PinDir}
+	k := &Kernel{maps: map[string]*ebpf.Map{}, links: map[string]link.Link{}}
 	defer func() {
 		if err != nil {
 			k.Close()
@@ -197,7 +197,7 @@ func load(spec *ebpf.CollectionSpec, o Options) (_ *Kernel, err error) {
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
 	defer collection.Close()
-	k := &Kernel{maps: map[string]*ebpf.Map{}, links: map[string]link.Link{}, pinDir: o.PinDir}
+	k := &Kernel{maps: map[string]*ebpf.Map{}, links: map[string]link.Link{}}
 	defer func() {
 		if err != nil {
 			k.Close()

@@ -82,7 +82,7 @@ func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
 	current := s.generation
 	t.mu.Unlock()
 	l := &look{tree: t, ev: ev, ctx: ctx, digests: map[ima.HashAlgo]ima.Digest{}, entries: map[entryKey]*imalog.Entry{}}
-	l.name = l.findName(s)
+	l.name = l.findName()
 	for n := s; n != nil; n = n.parent {
 		if err := l.measure(n, s); err != nil {
 			return Pending{}, fmt.Errorf("measure %q in namespace %v: %w", l.name, n.ns, err)
@@ -118,7 +118,7 @@ func (t *Tree) provable(ev *event.File) bool {
 }
 
 // findName returns the path for the entry, as the kernel's IMA would have it.
-func (l *look) findName(s *State) string {
+func (l *look) findName() string {
 	name := l.ev.Path
 	if l.ev.Flags&event.Mprotect != 0 {
 		if path, err := digest.MappingPath(l.ev); err == nil {

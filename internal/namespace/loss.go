@@ -68,10 +68,6 @@ func (t *Tree) Losses(ctx context.Context) (any bool, err error) {
 	if err != nil || len(losses) == 0 {
 		return false, err
 	}
-	registered, err := t.config.Kernel.Registered()
-	if err != nil {
-		return false, err
-	}
 	for key, count := range losses {
 		t.mu.Lock()
 		missing := count - t.recorded[key]
@@ -88,17 +84,31 @@ func (t *Tree) Losses(ctx context.Context) (any bool, err error) {
 				return any, err
 			}
 		}
-		if _, alive := registered[key.NS]; !alive && !key.NS.IsZero() {
-			// Nobody is left to add to it.
-			if err := t.config.Kernel.ForgetLosses(key); err != nil {
+		if !known && !key.NS.IsZero() {
+			if err := t.forgetLosses(key); err != nil {
 				return any, err
 			}
-			t.mu.Lock()
-			delete(t.recorded, key)
-			t.mu.Unlock()
 		}
 	}
 	return any, nil
+}
+
+// forgetLosses drops the counter of a namespace that the kernel side does not know any more either: nobody is left to add to it.
+func (t *Tree) forgetLosses(key loader.LossKey) error {
+	registered, err := t.config.Kernel.Registered()
+	if err != nil {
+		return err
+	}
+	if _, alive := registered[key.NS]; alive {
+		return nil
+	}
+	if err := t.config.Kernel.ForgetLosses(key); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.recorded, key)
+	return nil
 }
 
 // Loss records that an event of the agent's own side could not be measured, in the native list.

@@ -59,7 +59,9 @@ kernel/drivers/tpm/tpm-vtpm-proxy.ko.xz:
 // TestCPIO has another program read the archive.
 func TestCPIO(t *testing.T) {
 	busybox, err := exec.LookPath("busybox")
-	if err != nil {
+	if err != nil && os.Getenv("IMANS_REQUIRE_VM") != "" {
+		t.Fatal(err)
+	} else if err != nil {
 		t.Skip("no busybox to read the archive with")
 	}
 	var archive bytes.Buffer
