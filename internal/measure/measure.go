@@ -1,7 +1,7 @@
 // Package measure keeps measurement lists: append-only, without duplicates, on disk before they are in a TPM.
 //
 // Open recovers a list from its log, or begins one with its boot_aggregate. Append hands in an entry and returns a Receipt to
-// wait on: Logged, then Extended. Close ends the work and keeps the log; Remove deletes it, as the namespace has ended.
+// wait on: Logged, then Extended. Close ends the work and keeps the log: deleting the folder is for whoever made it.
 //
 // # What is promised
 //
@@ -28,7 +28,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -271,12 +270,4 @@ func (l *List) Close() error {
 	l.cancel()
 	l.config.Store.release(&l.ids)
 	return errors.Join(err, l.file.Close())
-}
-
-// Remove deletes the log: the namespace has ended. Close first.
-func Remove(dir string) error {
-	if err := os.Remove(filepath.Join(dir, LogName)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove list: %w", err)
-	}
-	return nil
 }
