@@ -3,8 +3,8 @@
  * emit.h - handing a record over: reserve, fill, submit, and count each loss.
  *
  * The ring buffer is also the journal: the agent frees a record only after its entry is in the log, so records outlive the
- * agent's crash. Nobody is woken for a record; the agent looks every few milliseconds (a wake-up for each costs an
- * exec-heavy load half its speed).
+ * agent's crash. The agent is woken for the first record after it went to sleep, then looks every few milliseconds (a
+ * wake-up for each record costs an exec-heavy load half its speed).
  */
 #ifndef IMANS_EMIT_H
 #define IMANS_EMIT_H
@@ -22,6 +22,14 @@ struct {
 	__type(key, struct imans_loss_key);
 	__type(value, __u64);
 } losses SEC(".maps");
+
+/* Written by the agent while the programs run. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, IMANS_SETTINGS);
+	__type(key, __u32);
+	__type(value, __u32);
+} settings SEC(".maps");
 
 static __u64 imans_sequence;
 
@@ -41,6 +49,20 @@ static __noinline int imans_lose(__u64 mntns, __u32 inum, __u32 reason)
 	if (count)
 		__sync_fetch_and_add(count, one);
 	return 0;
+}
+
+/*
+ * The flags to submit a record with. Call it once the record is reserved: the agent asks to be woken first and looks for
+ * reserved records then, so that one of the two sees the other.
+ */
+static __always_inline __u64 imans_wake_flags(void)
+{
+	__u32 which = IMANS_WAKE, *wake = bpf_map_lookup_elem(&settings, &which);
+
+	if (!wake || !*wake)
+		return BPF_RB_NO_WAKEUP;
+	*wake = 0;
+	return BPF_RB_FORCE_WAKEUP;
 }
 
 static __always_inline void imans_fill_header(struct imans_header *header, __u32 kind, __u64 mntns, __u32 inum)

@@ -42,16 +42,21 @@ enum imans_flag {
 	IMANS_IDS_IGNORED = 1 << 12, /* the key holds no ids, as no rule of the chain names one */
 };
 
-/* Which content: the real inode and its version. 72 bytes. */
-struct imans_content {
+/* Which version of which real inode's bytes. 32 bytes. */
+struct imans_version {
 	__u64 ino;
-	__u64 change; /* i_version without its QUERIED bit; 0 where the file system keeps none */
-	__u64 size;
-	__s64 ctime_sec;
-	__u32 ctime_nsec;
-	__u32 dev; /* the kernel's dev_t: major << 20 | minor */
+	__u64 change; /* i_version without its QUERIED bit; the size where the file system keeps none */
+	__u64 ctime;  /* change time: seconds since 1970 << 30 | nanoseconds */
+	__u32 dev;    /* the kernel's dev_t: major << 20 | minor */
 	__u32 generation;
+};
+
+/* Which content. 72 bytes. */
+struct imans_content {
+	struct imans_version version;
+	__u64 size;
 	__u32 nlink;
+	__u32 pad;
 	__u64 fs_magic; /* of the file system that holds the real inode */
 	__u8 fs_uuid[16];
 };
@@ -74,6 +79,13 @@ struct imans_header {
 	__u64 sequence; /* per boot and program set, no gaps but those of lost records */
 };
 
+/* The kernel's digest, or why there is none. 72 bytes. */
+struct imans_digest {
+	__s32 algo; /* enum hash_algo, or a negative errno of bpf_ima_file_hash */
+	__u32 pad;
+	__u8 sum[IMANS_DIGEST_MAX];
+};
+
 /* Followed by path_len bytes of path, without a final zero. 360 bytes. */
 struct imans_file {
 	struct imans_header header;
@@ -89,9 +101,7 @@ struct imans_file {
 	__u32 flags;
 	__u32 path_len;
 	__u64 vma_start, vma_end;
-	__s32 digest_algo; /* enum hash_algo, or a negative errno of bpf_ima_file_hash */
-	__u32 pad;
-	__u8 digest[IMANS_DIGEST_MAX];
+	struct imans_digest digest;
 	char fs_name[IMANS_FS_NAME_MAX];
 	char fs_subtype[IMANS_FS_NAME_MAX];
 };
@@ -119,46 +129,58 @@ struct imans_move {
 };
 
 /*
- * measured_contents: one namespace's chain has seen this content, under these policies, by a subject with these ids, and
- * every list that wants it holds it. The version is part of the key, so a newer version is simply another key. 96 bytes.
+ * measured_contents: a chain of policies has seen this content, and every list that wants it holds it. The version is part
+ * of the key, so a newer version is simply another key. 48 bytes: each one counts, since the key is hashed at every exec.
  */
+struct imans_measured_content {
+	__u64 policy; /* its generation names the namespace too: none is given twice */
+	struct imans_version version;
+	__u32 seen_dev; /* rules see the overlay's own magic, name and owner */
+	__u32 func;     /* func and, shifted left by 8, the flags that a rule can see, IMANS_IDS_IGNORED too */
+};
+
+/* measured_by_subject: the same, for chains with a rule that names an id. 72 bytes. */
 struct imans_measured_key {
-	__u64 mntns;
-	__u64 policy;
-	__u64 ino;
-	__u64 change;
-	__u64 size;
-	__s64 ctime_sec;
-	__u32 ctime_nsec;
-	__u32 dev;
-	__u32 generation;
-	__u32 func; /* func and, shifted left by 8, the flags that a rule can see */
+	struct imans_measured_content content;
 	__u32 uid, euid, suid;
 	__u32 gid, egid, sgid;
-	__u32 seen_dev; /* rules see the overlay's own magic, name and owner */
-	__u32 pad;
 };
 
-/* mount_namespaces, by unique id. The agent writes policy and flags, the kernel side the rest. 32 bytes. */
+/* mount_namespaces, by unique id. 16 bytes. */
 struct imans_mount_namespace {
 	__u64 parent;
-	__u64 policy; /* generation of the policies of this namespace and all its ancestors; 0: not yet looked at */
 	__u32 inum;
 	__u32 parent_inum;
-	__u32 flags; /* enum imans_mount_namespace_flag */
-	__u32 pad;
-};
-
-enum imans_mount_namespace_flag {
-	IMANS_IGNORE_IDS = 1 << 0, /* no rule of the chain names an id: the key's ids stay zero */
 };
 
 /*
- * The kernel's own IMA, once a policy is loaded, answers bpf_ima_file_hash from its cache, and its cache of an overlayfs
- * inode does not notice a change of the real one before IMA's own hook runs.
+ * namespace_policies, by inode number less IMANS_FIRST_INUM; written by the agent, zeroed by the kernel side when the
+ * namespace is gone. The id is last, as the agent's write goes upwards: who sees it sees what stands before it. 24 bytes.
  */
+struct imans_namespace_policy {
+	__u64 generation; /* of the policies of this namespace and all its ancestors */
+	__u32 flags;      /* enum imans_namespace_policy_flag */
+	__u32 pad;
+	__u64 mntns;
+};
+
+enum imans_namespace_policy_flag {
+	IMANS_IGNORE_IDS = 1 << 0, /* no rule of the chain names an id */
+};
+
+/* The kernel numbers namespaces densely from PROC_DYNAMIC_FIRST, 0xf0000000; the first ones of 6.18 stand just below. */
+#define IMANS_FIRST_INUM 0xefffff00u
+#define IMANS_INUM_MAX 131072
+
+/* What the agent tells the running programs: the entries of settings. */
 enum imans_setting {
-	IMANS_DISTRUST_OVERLAY = 1 << 0, /* ask the kernel for no digest of an overlayfs file */
+	/*
+	 * Ask the kernel for no digest of an overlayfs file. The kernel's own IMA, once a policy is loaded, answers
+	 * bpf_ima_file_hash from its cache, which does not notice a change of the real inode before IMA's own hook runs.
+	 */
+	IMANS_DISTRUST_OVERLAY = 0,
+	IMANS_WAKE = 1, /* the agent sleeps: wake it for the next record, and clear this */
+	IMANS_SETTINGS = 2,
 };
 
 /* losses: how many events of a namespace could not be handed over, by reason (loss.json). */

@@ -5,23 +5,23 @@
 #ifndef IMANS_FILE_H
 #define IMANS_FILE_H
 
-/* One entry, enum imans_setting, written by the agent while the programs run. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u32);
-} settings SEC(".maps");
-
 /* What a hook knows of its event; lives on its stack while the record is made. */
 struct imans_look {
-	struct imans_measured_key key;
+	__u64 mntns;
+	__u64 policy;
 	__u64 vma_start, vma_end;
 	__u32 inum;
+	__u32 func;
 	__u32 flags;
-	__s32 digest_algo;
 	__u32 pad;
-	__u8 digest[IMANS_DIGEST_MAX];
+};
+
+/* What is found out once a record is wanted. */
+struct imans_found {
+	struct imans_content content;
+	struct imans_digest digest;
+	__u32 flags;
+	__u32 pad;
 };
 
 /* Two sizes, because a reservation's size must be a constant and few paths are long. */
@@ -35,47 +35,39 @@ struct imans_long_record {
 	char path[IMANS_PATH_MAX];
 };
 
-/*
- * Looks whether this content needs an event. True: look is filled. The real answer comes from one map look-up; all before
- * it is plain loads.
- */
+/* Looks whether this content needs an event, as cheaply as can be. True: look is filled. */
 static __always_inline bool imans_needs_event(struct file *file, __u32 func, __u32 flags, struct imans_look *look)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct inode *inode = file->f_inode;
 	struct mnt_namespace *ns = task->nsproxy->mnt_ns;
+	struct imans_namespace_policy *policy;
 
 	if ((inode->i_mode & S_IFMT) != S_IFREG)
 		return false;
 	look->inum = ns->ns.inum;
-	look->flags = imans_build_key(task, ns, inode, func, flags, &look->key);
 	if (!look->inum) {
 		imans_lose(0, 0, IMANS_LOSS_NO_MOUNT_NAMESPACE);
 		return false;
 	}
-	return (look->flags & IMANS_WRITERS) || !bpf_map_lookup_elem(&measured_contents, &look->key);
+	look->mntns = imans_mntns_id(ns);
+	look->policy = 0;
+	look->func = func;
+	look->flags = flags;
+	policy = imans_mntns_policy(look->inum);
+	if (!policy || policy->mntns != look->mntns)
+		return true; /* the agent has not looked at this namespace yet */
+	look->policy = policy->generation;
+	if (policy->flags & IMANS_IGNORE_IDS)
+		look->flags |= IMANS_IDS_IGNORED;
+	return !imans_is_measured(task, inode, func, flags, policy);
 }
 
-/*
- * Asks the kernel for the digest: of the file as it is now, before a byte of it runs. It sleeps, so only sleepable hooks may
- * call it, and never with a record reserved: a slow file would hold up everyone's records. The version read again afterwards
- * tells whether the content stood still.
- */
-static __always_inline void imans_take_digest(struct file *file, struct imans_look *look)
+static __always_inline void imans_find_content(struct file *file, const struct imans_look *look, struct imans_found *found)
 {
-	struct imans_measured_key after = {};
-	__u32 zero = 0, flags, *setting = bpf_map_lookup_elem(&settings, &zero);
-
-	look->digest_algo = -95; /* EOPNOTSUPP */
-	if (!imans_kernel_digest || !setting)
-		return;
-	if ((look->flags & IMANS_OVERLAY) && (*setting & IMANS_DISTRUST_OVERLAY))
-		return;
-	look->digest_algo = bpf_ima_file_hash(file, look->digest, sizeof(look->digest));
-	flags = imans_read_content(file->f_inode, &after);
-	look->flags |= flags & IMANS_WRITERS;
-	if (!imans_same_version(&look->key, &after))
-		look->flags |= IMANS_CHANGED;
+	found->flags = look->flags | imans_read_version(file->f_inode, &found->content.version);
+	imans_fill_content(file->f_inode, &found->content);
+	found->digest.algo = -95; /* EOPNOTSUPP */
 }
 
 /* A copied name that fills its field may have been cut, and a cut name must not pass for the whole. */
@@ -89,7 +81,8 @@ static __always_inline void imans_fill_fs_name(struct imans_file *record, struct
 		record->flags |= IMANS_FS_NAME_CUT;
 }
 
-static __always_inline void imans_fill_file(struct imans_file *record, struct file *file, const struct imans_look *look)
+static __always_inline void imans_fill_file(struct imans_file *record, struct file *file, const struct imans_look *look,
+					    const struct imans_found *found)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct inode *inode = file->f_inode;
@@ -97,7 +90,7 @@ static __always_inline void imans_fill_file(struct imans_file *record, struct fi
 	const struct cred *cred = task->cred;
 
 	__builtin_memset(record, 0, sizeof(*record));
-	imans_fill_header(&record->header, IMANS_FILE, look->key.mntns, look->inum);
+	imans_fill_header(&record->header, IMANS_FILE, look->mntns, look->inum);
 	record->subject.tgid = task->tgid;
 	record->subject.pid = task->pid;
 	record->subject.start_boottime = task->group_leader->start_boottime;
@@ -107,26 +100,21 @@ static __always_inline void imans_fill_file(struct imans_file *record, struct fi
 	record->subject.gid = cred->gid.val;
 	record->subject.egid = cred->egid.val;
 	record->subject.sgid = cred->sgid.val;
-	imans_fill_content(inode, &look->key, &record->content);
-	record->policy = look->key.policy;
+	__builtin_memcpy(&record->content, &found->content, sizeof(record->content));
+	record->policy = look->policy;
 	record->seen_ino = inode->i_ino;
 	record->seen_magic = sb->s_magic;
 	BPF_CORE_READ_INTO(&record->seen_uuid, sb, s_uuid);
-	record->seen_dev = look->key.seen_dev;
+	record->seen_dev = sb->s_dev;
 	record->fowner = inode->i_uid.val;
 	record->fgroup = inode->i_gid.val;
-	record->func = look->key.func & 0xff;
-	record->flags = look->flags;
-	if (imans_has_cap(cred, CAP_SETUID))
-		record->flags |= IMANS_SETUID_CAP;
-	if (imans_has_cap(cred, CAP_SETGID))
-		record->flags |= IMANS_SETGID_CAP;
+	record->func = look->func;
+	record->flags = found->flags | imans_cap_flags(cred);
 	if (!file->f_path.dentry->d_hash.pprev)
 		record->flags |= IMANS_UNLINKED;
 	record->vma_start = look->vma_start;
 	record->vma_end = look->vma_end;
-	record->digest_algo = look->digest_algo;
-	__builtin_memcpy(record->digest, look->digest, sizeof(record->digest));
+	__builtin_memcpy(&record->digest, &found->digest, sizeof(record->digest));
 	imans_fill_fs_name(record, sb);
 }
 
@@ -143,44 +131,51 @@ static __always_inline void imans_fill_name(struct imans_file *record, char *pat
 /* bpf_d_path builds from the buffer's end and moves the result to its beginning; path_len says how much of it counts. */
 static __noinline int imans_submit_file(struct file *file, const struct imans_look *look)
 {
-	struct imans_short_record *record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
+	struct imans_short_record *record;
 	struct imans_long_record *long_record;
+	struct imans_found found = {};
 	long len;
 
+	imans_find_content(file, look, &found);
+	found.flags |= imans_take_digest(file, &found.content, found.flags, &found.digest);
+	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
 	if (!record)
-		return imans_lose(look->key.mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
+		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
 	len = bpf_d_path(&file->f_path, record->path, sizeof(record->path));
 	if (len > 0) {
-		imans_fill_file(&record->file, file, look);
+		imans_fill_file(&record->file, file, look, &found);
 		record->file.path_len = len - 1;
-		bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
+		bpf_ringbuf_submit(record, imans_wake_flags());
 		return 0;
 	}
 	bpf_ringbuf_discard(record, BPF_RB_NO_WAKEUP);
 
 	long_record = bpf_ringbuf_reserve(&events, sizeof(*long_record), 0);
 	if (!long_record)
-		return imans_lose(look->key.mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
+		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
 	len = bpf_d_path(&file->f_path, long_record->path, sizeof(long_record->path));
-	imans_fill_file(&long_record->file, file, look);
+	imans_fill_file(&long_record->file, file, look, &found);
 	if (len > 0)
 		long_record->file.path_len = len - 1;
 	else
 		imans_fill_name(&long_record->file, long_record->path, file);
-	bpf_ringbuf_submit(long_record, BPF_RB_NO_WAKEUP);
+	bpf_ringbuf_submit(long_record, imans_wake_flags());
 	return 0;
 }
 
-/* The same from a hook in which bpf_d_path is not allowed. */
+/* The same from a hook in which neither a digest nor bpf_d_path is allowed. */
 static __noinline int imans_submit_mapping(struct file *file, const struct imans_look *look)
 {
-	struct imans_short_record *record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
+	struct imans_short_record *record;
+	struct imans_found found = {};
 
+	imans_find_content(file, look, &found);
+	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
 	if (!record)
-		return imans_lose(look->key.mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
-	imans_fill_file(&record->file, file, look);
+		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
+	imans_fill_file(&record->file, file, look, &found);
 	imans_fill_name(&record->file, record->path, file);
-	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
+	bpf_ringbuf_submit(record, imans_wake_flags());
 	return 0;
 }
 

@@ -28,6 +28,7 @@ const volatile bool imans_kernel_digest = true;
 #include "mntns.h"
 #include "content.h"
 #include "measured.h"
+#include "digest.h"
 #include "file.h"
 
 /* ---- Files ---- */
@@ -36,12 +37,11 @@ const volatile bool imans_kernel_digest = true;
 SEC("lsm.s/bprm_check_security")
 int BPF_PROG(imans_bprm_check_security, struct linux_binprm *bprm, int ret)
 {
-	struct file *file = bprm->file;
-	struct imans_look look = {};
+	struct imans_look look;
 
-	if (!ret && imans_needs_event(file, IMANS_BPRM_CHECK, 0, &look)) {
-		imans_take_digest(file, &look);
-		imans_submit_file(file, &look);
+	if (!ret && imans_needs_event(bprm->file, IMANS_BPRM_CHECK, 0, &look)) {
+		look.vma_start = look.vma_end = 0;
+		imans_submit_file(bprm->file, &look);
 	}
 	return ret;
 }
@@ -50,12 +50,12 @@ int BPF_PROG(imans_bprm_check_security, struct linux_binprm *bprm, int ret)
 SEC("lsm.s/mmap_file")
 int BPF_PROG(imans_mmap_file, struct file *file, unsigned long reqprot, unsigned long prot, unsigned long flags, int ret)
 {
-	struct imans_look look = {};
+	struct imans_look look;
 
 	if (ret || !file || !(prot & PROT_EXEC))
 		return ret;
 	if (imans_needs_event(file, IMANS_MMAP_CHECK, reqprot & PROT_EXEC ? IMANS_REQPROT : 0, &look)) {
-		imans_take_digest(file, &look);
+		look.vma_start = look.vma_end = 0;
 		imans_submit_file(file, &look);
 	}
 	return ret;
@@ -69,14 +69,13 @@ SEC("lsm/file_mprotect")
 int BPF_PROG(imans_file_mprotect, struct vm_area_struct *vma, unsigned long reqprot, unsigned long prot, int ret)
 {
 	struct file *file = vma->vm_file;
-	struct imans_look look = {};
+	struct imans_look look;
 
 	if (ret || !file || !(prot & PROT_EXEC) || (vma->vm_flags & VM_EXEC))
 		return ret;
 	if (imans_needs_event(file, IMANS_MMAP_CHECK, IMANS_MPROTECT | (reqprot & PROT_EXEC ? IMANS_REQPROT : 0), &look)) {
 		look.vma_start = vma->vm_start;
 		look.vma_end = vma->vm_end;
-		look.digest_algo = -95; /* EOPNOTSUPP */
 		imans_submit_mapping(file, &look);
 	}
 	return ret;
@@ -96,7 +95,7 @@ static __always_inline void imans_submit_birth(__u64 id, __u32 inum, __u64 paren
 	record->parent = parent;
 	record->parent_inum = parent_inum;
 	record->tgid = bpf_get_current_pid_tgid() >> 32;
-	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
+	bpf_ringbuf_submit(record, imans_wake_flags());
 }
 
 /* At the exit the new namespace has its id, and no task is in it yet: the birth precedes each of its events. */
@@ -139,7 +138,7 @@ int BPF_PROG(imans_switch_task_namespaces, struct task_struct *task, struct nspr
 	record->from_inum = from->ns.inum;
 	record->tgid = task->tgid;
 	record->start_boottime = task->group_leader->start_boottime;
-	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
+	bpf_ringbuf_submit(record, imans_wake_flags());
 	return 0;
 }
 
@@ -156,7 +155,7 @@ int BPF_PROG(imans_proc_free_inum, unsigned int inum)
 	if (!record)
 		return imans_lose(id, inum, IMANS_LOSS_RING_BUFFER_FULL);
 	imans_fill_header(&record->header, IMANS_DEATH, id, inum);
-	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
+	bpf_ringbuf_submit(record, imans_wake_flags());
 	return 0;
 }
 

@@ -24,6 +24,7 @@ typedef __u32 __wsum;
 enum bpf_map_type {
 	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
+	BPF_MAP_TYPE_LRU_HASH = 9,
 	BPF_MAP_TYPE_RINGBUF = 27,
 };
 
@@ -31,8 +32,15 @@ enum bpf_map_type {
 #define BPF_ANY 0
 #define BPF_NOEXIST 1
 #define BPF_RB_NO_WAKEUP 1
+#define BPF_RB_FORCE_WAKEUP 2
 /* include/uapi/linux/magic.h */
 #define OVERLAYFS_SUPER_MAGIC 0x794c7630
+#define EXT4_SUPER_MAGIC 0xef53
+#define XFS_SUPER_MAGIC 0x58465342
+#define BTRFS_SUPER_MAGIC 0x9123683e
+#define F2FS_SUPER_MAGIC 0xf2f52010
+#define SQUASHFS_MAGIC 0x73717368
+#define EROFS_SUPER_MAGIC_V1 0xe0f5e1e2
 /* include/uapi/asm-generic/mman-common.h */
 #define PROT_EXEC 4
 /* include/linux/mm.h, fs.h, stat.h */

@@ -9,13 +9,20 @@
 #ifndef IMANS_MEASURED_H
 #define IMANS_MEASURED_H
 
-/* Full: the agent's insert fails, it empties the map, and events simply flow once more. */
+/* Full: the agent's insert fails, it empties the map, and events simply flow once more. The other map likewise. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct imans_measured_content);
+	__type(value, __u32);
+} measured_contents SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 65536);
 	__type(key, struct imans_measured_key);
 	__type(value, __u32);
-} measured_contents SEC(".maps");
+} measured_by_subject SEC(".maps");
 
 static __always_inline bool imans_has_cap(const struct cred *cred, int cap)
 {
@@ -24,49 +31,41 @@ static __always_inline bool imans_has_cap(const struct cred *cred, int cap)
 	return cred->cap_effective.val & (1ull << cap);
 }
 
-/* Fills the subject part of a key; returns the capability flags. */
-static __always_inline __u32 imans_read_subject(const struct cred *cred, struct imans_measured_key *key)
+static __always_inline __u32 imans_cap_flags(const struct cred *cred)
 {
-	__u32 flags = 0;
-
-	key->uid = cred->uid.val;
-	key->euid = cred->euid.val;
-	key->suid = cred->suid.val;
-	key->gid = cred->gid.val;
-	key->egid = cred->egid.val;
-	key->sgid = cred->sgid.val;
-	if (imans_has_cap(cred, CAP_SETUID))
-		flags |= IMANS_SETUID_CAP;
-	if (imans_has_cap(cred, CAP_SETGID))
-		flags |= IMANS_SETGID_CAP;
-	return flags;
+	return (imans_has_cap(cred, CAP_SETUID) ? IMANS_SETUID_CAP : 0) | (imans_has_cap(cred, CAP_SETGID) ? IMANS_SETGID_CAP : 0);
 }
 
 /*
- * Builds the key of an event by the current task. Returns the record's flags. Nothing the rules can see may be missing
- * from the key, or one decision would be taken for another's.
+ * Whether the chain whose policy this is has measured the inode's content, or does not care for it. Nothing the rules can
+ * see may be missing from the key, or one decision would be taken for another's. One look-up; all else is plain loads.
  */
-static __always_inline __u32 imans_build_key(struct task_struct *task, struct mnt_namespace *ns, struct inode *inode,
-					     __u32 func, __u32 flags, struct imans_measured_key *key)
+static __always_inline bool imans_is_measured(struct task_struct *task, struct inode *inode, __u32 func, __u32 flags,
+					      const struct imans_namespace_policy *policy)
 {
-	struct imans_mount_namespace *known;
-	__u64 policy = 0;
-	__u32 ns_flags = 0;
+	const struct cred *cred;
+	struct imans_measured_key key;
+	__u32 found;
 
-	key->mntns = imans_mntns_id(ns);
-	known = bpf_map_lookup_elem(&mount_namespaces, &key->mntns);
-	if (known) {
-		policy = known->policy;
-		ns_flags = known->flags;
+	found = imans_read_version(inode, &key.content.version);
+	if (found & (IMANS_WRITERS | IMANS_REAL_UNKNOWN))
+		return false;
+	key.content.policy = policy->generation;
+	key.content.seen_dev = inode->i_sb->s_dev;
+	flags &= IMANS_REQPROT;
+	if (policy->flags & IMANS_IGNORE_IDS) {
+		key.content.func = func | (flags | IMANS_IDS_IGNORED) << 8;
+		return bpf_map_lookup_elem(&measured_contents, &key.content);
 	}
-	key->policy = policy;
-	flags |= imans_read_content(inode, key);
-	if (ns_flags & IMANS_IGNORE_IDS)
-		flags |= IMANS_IDS_IGNORED;
-	else
-		flags |= imans_read_subject(task->cred, key);
-	key->func = func | (flags & (IMANS_REQPROT | IMANS_SETUID_CAP | IMANS_SETGID_CAP)) << 8;
-	return flags;
+	cred = task->cred;
+	key.content.func = func | (flags | imans_cap_flags(cred)) << 8;
+	key.uid = cred->uid.val;
+	key.euid = cred->euid.val;
+	key.suid = cred->suid.val;
+	key.gid = cred->gid.val;
+	key.egid = cred->egid.val;
+	key.sgid = cred->sgid.val;
+	return bpf_map_lookup_elem(&measured_by_subject, &key);
 }
 
 #endif

@@ -27,11 +27,26 @@ struct {
 	__type(value, __u64);
 } namespace_ids SEC(".maps");
 
+/* Beyond its end a namespace is as one without policy: its events flow each time. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, IMANS_INUM_MAX);
+	__type(key, __u32);
+	__type(value, struct imans_namespace_policy);
+} namespace_policies SEC(".maps");
+
 static __always_inline __u64 imans_mntns_id(struct mnt_namespace *ns)
 {
 	if (bpf_core_field_exists(struct ns_common___6_18, ns_id))
 		return ((struct ns_common___6_18 *)&ns->ns)->ns_id;
 	return ((struct mnt_namespace___6_1 *)ns)->seq;
+}
+
+static __always_inline struct imans_namespace_policy *imans_mntns_policy(__u32 inum)
+{
+	__u32 index = inum - IMANS_FIRST_INUM;
+
+	return bpf_map_lookup_elem(&namespace_policies, &index);
 }
 
 /* Registers a namespace; false if it was known. Losing a race with another CPU means it is known. */
@@ -54,11 +69,15 @@ static __always_inline bool imans_mntns_register(__u64 id, __u32 inum, __u64 par
 static __always_inline __u64 imans_mntns_forget(__u32 inum)
 {
 	__u64 *entry = bpf_map_lookup_elem(&namespace_ids, &inum);
+	struct imans_namespace_policy *policy;
 	__u64 id;
 
 	if (!entry)
 		return 0;
 	id = *entry;
+	policy = imans_mntns_policy(inum);
+	if (policy)
+		policy->mntns = 0;
 	bpf_map_delete_elem(&namespace_ids, &inum);
 	bpf_map_delete_elem(&mount_namespaces, &id);
 	return id;

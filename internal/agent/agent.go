@@ -124,6 +124,7 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	log.Info("measuring", zap.Int("namespaces", len(tree.List())), zap.String("socket", server.Path()))
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return p.run(ctx) })
+	group.Go(func() error { return p.watch(ctx) })
 	group.Go(func() error { return server.Run(ctx) })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err

@@ -14,10 +14,8 @@ import (
 const (
 	// pollEvery is how often the ring buffer is looked at: being woken for each record would cost an exec-heavy load half its speed.
 	pollEvery = 5 * time.Millisecond
-	// idleEvery is the same once nothing has come for idleAfter looks: each look costs what running a twentieth of a program does.
-	// A barrier looks at once.
-	idleEvery = 50 * time.Millisecond
-	idleAfter = 20
+	// sleepAfter is after how many looks in vain the pump sleeps until the kernel side wakes it. A barrier looks at once.
+	sleepAfter = 20
 	// batchMax is how many records are read before their entries are waited for.
 	batchMax = 1024
 	// lossEvery is how often the loss counters are looked at.
@@ -32,11 +30,13 @@ type pump struct {
 	tree     *namespace.Tree
 	log      *zap.Logger
 	barriers chan chan error
-	lost     bool // among the records lost may be deaths
+	sleep    chan struct{} // from run to watch: nothing comes
+	woken    chan struct{} // from watch to run: something has come
+	lost     bool          // among the records lost may be deaths
 }
 
 func newPump(k *loader.Kernel, t *namespace.Tree, log *zap.Logger) *pump {
-	return &pump{kernel: k, tree: t, log: log, barriers: make(chan chan error)}
+	return &pump{kernel: k, tree: t, log: log, barriers: make(chan chan error), sleep: make(chan struct{}), woken: make(chan struct{})}
 }
 
 // catchUp handles what was recorded while no agent ran, then ends what ended meanwhile.
@@ -58,13 +58,27 @@ func (p *pump) run(ctx context.Context) error {
 	defer kernelIMA.Stop()
 	for empty := 0; ; {
 		var err error
+		var sleep chan struct{}
+		if empty == sleepAfter {
+			poll.Stop()
+			sleep = p.sleep
+		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-poll.C:
 			var n int
-			n, err = p.batch(ctx)
-			empty = pace(poll, empty, n)
+			if n, err = p.batch(ctx); n > 0 {
+				empty = 0
+			} else if empty < sleepAfter {
+				empty++
+			}
+		case sleep <- struct{}{}:
+			empty++ // asleep
+		case <-p.woken:
+			empty = 0
+			poll.Reset(pollEvery)
+			_, err = p.batch(ctx)
 		case <-loss.C:
 			err = p.losses(ctx)
 		case <-kernelIMA.C:
@@ -82,19 +96,23 @@ func (p *pump) run(ctx context.Context) error {
 	}
 }
 
-// pace slows the looks down when nothing comes, and quickens them when something does. It returns how many looks in a row were
-// empty.
-func pace(poll *time.Ticker, empty, records int) int {
-	if records == 0 {
-		if empty++; empty == idleAfter {
-			poll.Reset(idleEvery)
+// watch waits for the kernel side's wake-up whenever run goes to sleep, until ctx ends.
+func (p *pump) watch(ctx context.Context) error {
+	for {
+		select {
+		case <-p.sleep:
+		case <-ctx.Done():
+			return nil
 		}
-		return empty
+		if err := p.kernel.Wait(ctx); err != nil {
+			return err
+		}
+		select {
+		case p.woken <- struct{}{}:
+		case <-ctx.Done():
+			return nil
+		}
 	}
-	if empty >= idleAfter {
-		poll.Reset(pollEvery)
-	}
-	return 0
 }
 
 // drain handles all that is recorded now, losses included.
@@ -159,8 +177,8 @@ func (p *pump) batch(ctx context.Context) (int, error) {
 		if err := entry.Logged(ctx); err != nil {
 			return n, err
 		}
-		if key, ok := entry.Key(); ok {
-			if err := p.tree.Mark(key); err != nil {
+		if ns, key, ok := entry.Mark(); ok {
+			if err := p.tree.Mark(ns, key); err != nil {
 				return n, err
 			}
 		}

@@ -27,6 +27,9 @@ const (
 	kindMove  = 4
 )
 
+// ctimeNsecBits is where the nanoseconds of a packed change time end.
+const ctimeNsecBits = 30
+
 // PathMax is the longest path that a record carries, in bytes: the kernel's PATH_MAX.
 const PathMax = 4096
 
@@ -91,7 +94,7 @@ func decodeFile(b []byte, h Header) *File {
 		Header:   h,
 		Process:  Process{TGID: u32(b, 32), PID: u32(b, 36), Start: time.Duration(u64(b, 40))},
 		Subject:  Subject{UID: u32(b, 48), EUID: u32(b, 52), SUID: u32(b, 56), GID: u32(b, 60), EGID: u32(b, 64), SGID: u32(b, 68)},
-		Nlink:    u32(b, 116),
+		Nlink:    u32(b, 112),
 		RealFS:   FileSystem{Magic: u64(b, 120), UUID: [16]byte(b[128:144])},
 		Policy:   u64(b, 144),
 		SeenIno:  u64(b, 152),
@@ -104,9 +107,13 @@ func decodeFile(b []byte, h Header) *File {
 		VMAStart: u64(b, 208),
 		VMAEnd:   u64(b, 216),
 	}
+	ctime := u64(b, 88)
 	f.Content = Content{
-		Ino: u64(b, 72), Change: u64(b, 80), Size: u64(b, 88), CtimeSec: int64(u64(b, 96)),
-		CtimeNsec: u32(b, 104), Dev: u32(b, 108), Generation: u32(b, 112),
+		Ino: u64(b, 72), Size: u64(b, 104), CtimeSec: int64(ctime) >> ctimeNsecBits, CtimeNsec: uint32(ctime & (1<<ctimeNsecBits - 1)),
+		Dev: u32(b, 96), Generation: u32(b, 100),
+	}
+	if f.Flags&Versioned != 0 {
+		f.Content.Change = u64(b, 80)
 	}
 	if f.Flags&Overlay == 0 {
 		f.RealFS = f.SeenFS

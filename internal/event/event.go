@@ -135,41 +135,50 @@ type Task struct {
 	Process      Process
 }
 
-// MeasuredKey is a key of the kernel side's map of content that needs no event: struct imans_measured_key.
-type MeasuredKey struct {
-	MountNS    uint64
-	Policy     uint64
+// MeasuredContent is what the kernel side looks content up by that needs no event: struct imans_measured_content.
+type MeasuredContent struct {
+	Policy     uint64 // generation; names the namespace too
 	Ino        uint64
-	Change     uint64
-	Size       uint64
-	CtimeSec   int64
-	CtimeNsec  uint32
+	Change     uint64 // i_version shifted right by one; the size where the file system keeps none
+	Ctime      uint64 // seconds << 30 | nanoseconds
 	Dev        uint32
 	Generation uint32
-	Func       uint32
-	UID        uint32
-	EUID       uint32
-	SUID       uint32
-	GID        uint32
-	EGID       uint32
-	SGID       uint32
 	SeenDev    uint32
-	Pad        uint32
+	Func       uint32 // function | flags << 8
 }
+
+// MeasuredKey is the same with the subject's ids, which are zero where IDsIgnored: struct imans_measured_key.
+type MeasuredKey struct {
+	Content MeasuredContent
+	UID     uint32
+	EUID    uint32
+	SUID    uint32
+	GID     uint32
+	EGID    uint32
+	SGID    uint32
+}
+
+// IDsIgnored reports whether the key's content alone is looked up.
+func (k MeasuredKey) IDsIgnored() bool { return Flags(k.Content.Func>>8)&IDsIgnored != 0 }
 
 // MeasuredKey returns the key that the kernel side looked up before it sent f.
 func (f *File) MeasuredKey() MeasuredKey {
-	seen := f.Flags & Reqprot
-	k := MeasuredKey{
-		MountNS: f.NS.ID, Policy: f.Policy, Ino: f.Content.Ino, Change: f.Content.Change, Size: f.Content.Size,
-		CtimeSec: f.Content.CtimeSec, CtimeNsec: f.Content.CtimeNsec, Dev: f.Content.Dev,
-		Generation: f.Content.Generation, SeenDev: f.SeenDev,
+	seen := f.Flags & (Reqprot | IDsIgnored)
+	c := MeasuredContent{
+		Policy: f.Policy, Ino: f.Content.Ino, Change: f.Content.Size,
+		Ctime: uint64(f.Content.CtimeSec)<<ctimeNsecBits | uint64(f.Content.CtimeNsec),
+		Dev:   f.Content.Dev, Generation: f.Content.Generation, SeenDev: f.SeenDev,
 	}
-	if f.Flags&IDsIgnored == 0 {
+	if f.Flags&Versioned != 0 {
+		c.Change = f.Content.Change
+	}
+	k := MeasuredKey{}
+	if seen&IDsIgnored == 0 {
 		seen |= f.Flags & (SetUIDCap | SetGIDCap)
 		k.UID, k.EUID, k.SUID = f.Subject.UID, f.Subject.EUID, f.Subject.SUID
 		k.GID, k.EGID, k.SGID = f.Subject.GID, f.Subject.EGID, f.Subject.SGID
 	}
-	k.Func = uint32(f.Func) | uint32(seen)<<8
+	c.Func = uint32(f.Func) | uint32(seen)<<8
+	k.Content = c
 	return k
 }

@@ -21,8 +21,10 @@ func fileRecord(path string, change func(b []byte)) []byte {
 	put32(32, 1234)
 	put64(72, 555)
 	put64(80, 21)
-	put64(88, 4096)
-	put32(108, 8<<20|1)
+	put64(88, 1700000000<<30|5)
+	put32(96, 8<<20|1)
+	put64(104, 4096)
+	put64(144, 3)
 	put32(196, uint32(ima.BPRMCheck))
 	put32(204, uint32(len(path)))
 	put32(224, uint32(ima.SHA256))
@@ -50,9 +52,12 @@ func TestDecodeFile(t *testing.T) {
 	if f.SeenFS.Name != "ext4" || f.RealFS.Name != "ext4" {
 		t.Errorf("file system %+v", f.SeenFS)
 	}
-	key := f.MeasuredKey()
-	if key.Ino != 555 || key.Change != 21 || key.Func != uint32(ima.BPRMCheck) || key.MountNS != 7 {
-		t.Errorf("key %+v", key)
+	if f.Content != (Content{Ino: 555, Size: 4096, CtimeSec: 1700000000, CtimeNsec: 5, Dev: 8<<20 | 1}) {
+		t.Errorf("content %+v", f.Content)
+	}
+	c := f.MeasuredKey().Content
+	if c.Ino != 555 || c.Change != 4096 || c.Ctime != 1700000000<<30|5 || c.Func != uint32(ima.BPRMCheck) || c.Policy != 3 {
+		t.Errorf("key %+v", c)
 	}
 }
 
@@ -63,6 +68,10 @@ func TestDecodeFileFlags(t *testing.T) {
 	deleted := fileRecord("/tmp/x (deleted)", set(Unlinked))
 	if r, err := Decode(deleted); err != nil || r.(*File).Path != "/tmp/x" {
 		t.Errorf("unlinked: %v, %v", r, err)
+	}
+	versioned := fileRecord("/x", set(Versioned))
+	if r, err := Decode(versioned); err != nil || r.(*File).Content.Change != 21 || r.(*File).MeasuredKey().Content.Change != 21 {
+		t.Errorf("a file system that counts changes: %+v, %v", r, err)
 	}
 	honest := fileRecord("/tmp/x (deleted)", nil)
 	if r, err := Decode(honest); err != nil || r.(*File).Path != "/tmp/x (deleted)" {
@@ -76,7 +85,7 @@ func TestDecodeFileFlags(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if k := r.(*File).MeasuredKey(); k.UID != 1000 || k.Func != uint32(ima.BPRMCheck)|uint32(SetUIDCap|Reqprot)<<8 {
+	if k := r.(*File).MeasuredKey(); k.UID != 1000 || k.Content.Func != uint32(ima.BPRMCheck)|uint32(SetUIDCap|Reqprot)<<8 || k.IDsIgnored() {
 		t.Errorf("key %+v", k)
 	}
 	ignored := fileRecord("/x", func(b []byte) {
@@ -86,7 +95,7 @@ func TestDecodeFileFlags(t *testing.T) {
 	if r, err = Decode(ignored); err != nil {
 		t.Fatal(err)
 	}
-	if k := r.(*File).MeasuredKey(); k.UID != 0 || k.Func != uint32(ima.BPRMCheck)|uint32(Reqprot)<<8 {
+	if k := r.(*File).MeasuredKey(); k.UID != 0 || k.Content.Func != uint32(ima.BPRMCheck)|uint32(Reqprot|IDsIgnored)<<8 || !k.IDsIgnored() {
 		t.Errorf("key with ids ignored %+v", k)
 	}
 }

@@ -13,6 +13,13 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type imansImansDigest struct {
+	_    structs.HostLayout
+	Algo int32
+	Pad  uint32
+	Sum  [64]uint8
+}
+
 type imansImansLossKey struct {
 	_      structs.HostLayout
 	Mntns  uint64
@@ -20,36 +27,47 @@ type imansImansLossKey struct {
 	Reason uint32
 }
 
+type imansImansMeasuredContent struct {
+	_       structs.HostLayout
+	Policy  uint64
+	Version imansImansVersion
+	SeenDev uint32
+	Func    uint32
+}
+
 type imansImansMeasuredKey struct {
-	_          structs.HostLayout
-	Mntns      uint64
-	Policy     uint64
-	Ino        uint64
-	Change     uint64
-	Size       uint64
-	CtimeSec   int64
-	CtimeNsec  uint32
-	Dev        uint32
-	Generation uint32
-	Func       uint32
-	Uid        uint32
-	Euid       uint32
-	Suid       uint32
-	Gid        uint32
-	Egid       uint32
-	Sgid       uint32
-	SeenDev    uint32
-	Pad        uint32
+	_       structs.HostLayout
+	Content imansImansMeasuredContent
+	Uid     uint32
+	Euid    uint32
+	Suid    uint32
+	Gid     uint32
+	Egid    uint32
+	Sgid    uint32
 }
 
 type imansImansMountNamespace struct {
 	_          structs.HostLayout
 	Parent     uint64
-	Policy     uint64
 	Inum       uint32
 	ParentInum uint32
+}
+
+type imansImansNamespacePolicy struct {
+	_          structs.HostLayout
+	Generation uint64
 	Flags      uint32
 	Pad        uint32
+	Mntns      uint64
+}
+
+type imansImansVersion struct {
+	_          structs.HostLayout
+	Ino        uint64
+	Change     uint64
+	Ctime      uint64
+	Dev        uint32
+	Generation uint32
 }
 
 // Names of all BPF objects in the ELF.
@@ -58,9 +76,12 @@ type imansImansMountNamespace struct {
 const (
 	imansMapEvents                     = "events"
 	imansMapLosses                     = "losses"
+	imansMapMeasuredBySubject          = "measured_by_subject"
 	imansMapMeasuredContents           = "measured_contents"
 	imansMapMountNamespaces            = "mount_namespaces"
 	imansMapNamespaceIds               = "namespace_ids"
+	imansMapNamespacePolicies          = "namespace_policies"
+	imansMapRecentDigests              = "recent_digests"
 	imansMapSettings                   = "settings"
 	imansProgImansBprmCheckSecurity    = "imans_bprm_check_security"
 	imansProgImansCopyMntNs            = "imans_copy_mnt_ns"
@@ -132,12 +153,15 @@ type imansProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type imansMapSpecs struct {
-	Events           *ebpf.MapSpec `ebpf:"events"`
-	Losses           *ebpf.MapSpec `ebpf:"losses"`
-	MeasuredContents *ebpf.MapSpec `ebpf:"measured_contents"`
-	MountNamespaces  *ebpf.MapSpec `ebpf:"mount_namespaces"`
-	NamespaceIds     *ebpf.MapSpec `ebpf:"namespace_ids"`
-	Settings         *ebpf.MapSpec `ebpf:"settings"`
+	Events            *ebpf.MapSpec `ebpf:"events"`
+	Losses            *ebpf.MapSpec `ebpf:"losses"`
+	MeasuredBySubject *ebpf.MapSpec `ebpf:"measured_by_subject"`
+	MeasuredContents  *ebpf.MapSpec `ebpf:"measured_contents"`
+	MountNamespaces   *ebpf.MapSpec `ebpf:"mount_namespaces"`
+	NamespaceIds      *ebpf.MapSpec `ebpf:"namespace_ids"`
+	NamespacePolicies *ebpf.MapSpec `ebpf:"namespace_policies"`
+	RecentDigests     *ebpf.MapSpec `ebpf:"recent_digests"`
+	Settings          *ebpf.MapSpec `ebpf:"settings"`
 }
 
 // imansVariableSpecs contains global variables before they are loaded into the kernel.
@@ -172,21 +196,27 @@ func (o *imansObjects) Close() error {
 //
 // It can be passed to loadImansObjects or ebpf.CollectionSpec.LoadAndAssign.
 type imansMaps struct {
-	Events           *ebpf.Map `ebpf:"events"`
-	Losses           *ebpf.Map `ebpf:"losses"`
-	MeasuredContents *ebpf.Map `ebpf:"measured_contents"`
-	MountNamespaces  *ebpf.Map `ebpf:"mount_namespaces"`
-	NamespaceIds     *ebpf.Map `ebpf:"namespace_ids"`
-	Settings         *ebpf.Map `ebpf:"settings"`
+	Events            *ebpf.Map `ebpf:"events"`
+	Losses            *ebpf.Map `ebpf:"losses"`
+	MeasuredBySubject *ebpf.Map `ebpf:"measured_by_subject"`
+	MeasuredContents  *ebpf.Map `ebpf:"measured_contents"`
+	MountNamespaces   *ebpf.Map `ebpf:"mount_namespaces"`
+	NamespaceIds      *ebpf.Map `ebpf:"namespace_ids"`
+	NamespacePolicies *ebpf.Map `ebpf:"namespace_policies"`
+	RecentDigests     *ebpf.Map `ebpf:"recent_digests"`
+	Settings          *ebpf.Map `ebpf:"settings"`
 }
 
 func (m *imansMaps) Close() error {
 	return _ImansClose(
 		m.Events,
 		m.Losses,
+		m.MeasuredBySubject,
 		m.MeasuredContents,
 		m.MountNamespaces,
 		m.NamespaceIds,
+		m.NamespacePolicies,
+		m.RecentDigests,
 		m.Settings,
 	)
 }

@@ -10,6 +10,7 @@
 package loader
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -58,6 +59,17 @@ func (k *Kernel) Commit() { k.ring.commit() }
 // Backlog returns how many bytes of records wait for Commit.
 func (k *Kernel) Backlog() uint64 { return k.ring.backlog() }
 
+// Wait returns when records may have come, or ctx has ended. Nothing is lost by not calling it: Next finds all records.
+func (k *Kernel) Wait(ctx context.Context) error {
+	if err := k.set(settingWake, true); err != nil {
+		return err
+	}
+	if err := k.ring.wait(ctx); err != nil && ctx.Err() == nil {
+		return err
+	}
+	return nil
+}
+
 // Tasks returns every task with its mount namespace, and registers those namespaces with the kernel side.
 func (k *Kernel) Tasks() ([]event.Task, error) {
 	iter, ok := k.links[imansProgImansIterTask].(*link.Iter)
@@ -79,17 +91,24 @@ func (k *Kernel) Tasks() ([]event.Task, error) {
 // mountNamespace is struct imans_mount_namespace.
 type mountNamespace struct {
 	Parent     uint64
-	Policy     uint64
 	Inum       uint32
 	ParentInum uint32
-	Flags      uint32
-	Pad        uint32
 }
 
-// Flags of bpf/event.h.
+// namespacePolicy is struct imans_namespace_policy.
+type namespacePolicy struct {
+	Generation uint64
+	Flags      uint32
+	Pad        uint32
+	ID         uint64
+}
+
+// Of bpf/event.h.
 const (
-	flagIgnoreIDs          = 1 // IMANS_IGNORE_IDS
-	settingDistrustOverlay = 1 // IMANS_DISTRUST_OVERLAY
+	flagIgnoreIDs          = 1          // IMANS_IGNORE_IDS
+	firstInum              = 0xefffff00 // IMANS_FIRST_INUM
+	settingDistrustOverlay = 0          // IMANS_DISTRUST_OVERLAY
+	settingWake            = 1          // IMANS_WAKE
 )
 
 // Registered returns the mount namespaces that the kernel side knows, each with its parent (zero: not known).
@@ -108,28 +127,47 @@ func (k *Kernel) Registered() (map[event.MountNS]event.MountNS, error) {
 }
 
 // SetPolicy tells the kernel side which generation of policies judges a namespace's events from now on, and whether any
-// of their rules names an id. Content measured under another generation is an event again. A namespace that has died
-// meanwhile is no error.
+// of their rules names an id. Content measured under another generation is an event again. Generations are unique among all
+// namespaces. A namespace that has died meanwhile is no error; where there is no room for one, its events flow each time.
 func (k *Kernel) SetPolicy(ns, parent event.MountNS, generation uint64, ignoreIDs bool) error {
-	entry := mountNamespace{Parent: parent.ID, Policy: generation, Inum: ns.Inum, ParentInum: parent.Inum}
+	known := mountNamespace{Parent: parent.ID, Inum: ns.Inum, ParentInum: parent.Inum}
+	err := k.maps[imansMapMountNamespaces].Update(ns.ID, known, ebpf.UpdateExist)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("set parent of namespace %v: %w", ns, err)
+	}
+	m := k.maps[imansMapNamespacePolicies]
+	index := ns.Inum - firstInum
+	if index >= m.MaxEntries() {
+		return nil
+	}
+	entry := namespacePolicy{Generation: generation, ID: ns.ID}
 	if ignoreIDs {
 		entry.Flags = flagIgnoreIDs
 	}
-	err := k.maps[imansMapMountNamespaces].Update(ns.ID, entry, ebpf.UpdateExist)
-	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if err := m.Update(index, entry, ebpf.UpdateAny); err != nil {
 		return fmt.Errorf("set policy generation of namespace %v: %w", ns, err)
 	}
 	return nil
 }
 
+// marks returns the map that a key belongs to, and the key as it is there.
+func (k *Kernel) marks(key event.MeasuredKey) (*ebpf.Map, any) {
+	if key.IDsIgnored() {
+		return k.maps[imansMapMeasuredContents], key.Content
+	}
+	return k.maps[imansMapMeasuredBySubject], key
+}
+
 // MarkMeasured tells the kernel side that this content needs no event any more. When its map is full it is emptied, and
 // events flow once more.
 func (k *Kernel) MarkMeasured(key event.MeasuredKey) error {
-	m := k.maps[imansMapMeasuredContents]
-	err := m.Update(key, uint32(1), ebpf.UpdateAny)
+	m, raw := k.marks(key)
+	err := m.Update(raw, uint32(1), ebpf.UpdateAny)
 	if errors.Is(err, unix.E2BIG) {
-		if err = k.forget(func(event.MeasuredKey) bool { return true }); err == nil {
-			err = m.Update(key, uint32(1), ebpf.UpdateAny)
+		if err = empty(m); err == nil {
+			err = m.Update(raw, uint32(1), ebpf.UpdateAny)
 		}
 	}
 	if err != nil {
@@ -141,41 +179,31 @@ func (k *Kernel) MarkMeasured(key event.MeasuredKey) error {
 // Forget drops marks. One that is not there is no error.
 func (k *Kernel) Forget(keys []event.MeasuredKey) error {
 	for _, key := range keys {
-		if err := k.maps[imansMapMeasuredContents].Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		m, raw := k.marks(key)
+		if err := m.Delete(raw); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("forget measured content: %w", err)
 		}
 	}
 	return nil
 }
 
-// ForgetNamespace drops all that was marked as measured for a namespace that has ended. It goes through the whole map; Forget is
-// quicker for who knows the keys.
-func (k *Kernel) ForgetNamespace(ns event.MountNS) error {
-	return k.forget(func(key event.MeasuredKey) bool { return key.MountNS == ns.ID })
+// ForgetAll drops all marks, as for an agent that has just begun: it gives every namespace a new generation.
+func (k *Kernel) ForgetAll() error {
+	return errors.Join(empty(k.maps[imansMapMeasuredContents]), empty(k.maps[imansMapMeasuredBySubject]))
 }
 
-// forget deletes the keys that match. An iteration disturbed by the deletions may miss some; it is repeated until a pass
-// finds none.
-func (k *Kernel) forget(match func(event.MeasuredKey) bool) error {
-	m := k.maps[imansMapMeasuredContents]
+// empty deletes all keys, one at a time: entries come only from this process.
+func empty(m *ebpf.Map) error {
 	for {
-		var keys []event.MeasuredKey
-		var key event.MeasuredKey
-		var value uint32
-		it := m.Iterate()
-		for it.Next(&key, &value) {
-			if match(key) {
-				keys = append(keys, key)
-			}
-		}
-		if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		key, err := m.NextKeyBytes(nil)
+		if err != nil {
 			return fmt.Errorf("list measured contents: %w", err)
 		}
-		if len(keys) == 0 {
+		if key == nil {
 			return nil
 		}
-		if err := k.Forget(keys); err != nil {
-			return err
+		if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("forget measured content: %w", err)
 		}
 	}
 }
@@ -218,13 +246,15 @@ func (k *Kernel) ForgetLosses(key LossKey) error {
 
 // DistrustOverlay tells the kernel side whether to ask the kernel for digests of overlayfs files: once the kernel's own IMA
 // has a policy, it may answer from a cache that does not notice a change of the real inode.
-func (k *Kernel) DistrustOverlay(distrust bool) error {
-	var flags uint32
-	if distrust {
-		flags = settingDistrustOverlay
+func (k *Kernel) DistrustOverlay(distrust bool) error { return k.set(settingDistrustOverlay, distrust) }
+
+func (k *Kernel) set(setting uint32, on bool) error {
+	var value uint32
+	if on {
+		value = 1
 	}
-	if err := k.maps[imansMapSettings].Update(uint32(0), flags, ebpf.UpdateAny); err != nil {
-		return fmt.Errorf("set overlay distrust: %w", err)
+	if err := k.maps[imansMapSettings].Update(setting, value, ebpf.UpdateAny); err != nil {
+		return fmt.Errorf("write setting %d: %w", setting, err)
 	}
 	return nil
 }

@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"context"
 	"crypto/sha256"
 	"os"
 	"os/exec"
@@ -73,6 +74,7 @@ func TestKernelExecEvent(t *testing.T) {
 	k := open(t, Options{KernelDigest: true})
 	defer Unload(testPins)
 	defer k.Close()
+	judgeAll(t, k)
 	for _, dir := range []string{"/root", "/tmp"} {
 		path := filepath.Join(dir, "imans-exec")
 		sum := program(t, path)
@@ -109,6 +111,104 @@ func TestKernelExecEvent(t *testing.T) {
 		if got := files(t, k, path); len(got) == 0 {
 			t.Errorf("%s: no event after it changed", path)
 		}
+	}
+}
+
+// judgeAll gives each namespace a policy that names no id.
+func judgeAll(t *testing.T, k *Kernel) {
+	t.Helper()
+	if _, err := k.Tasks(); err != nil {
+		t.Fatal(err)
+	}
+	known, err := k.Registered()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for ns, parent := range known {
+		if err := k.SetPolicy(ns, parent, ns.ID, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A mark counts for the subject it was made for where rules name ids, and for everyone where none does. All are forgotten at once.
+func TestKernelMarks(t *testing.T) {
+	k := open(t, Options{KernelDigest: true})
+	defer Unload(testPins)
+	defer k.Close()
+	judgeAll(t, k)
+	path := "/root/imans-marks"
+	program(t, path)
+	defer os.Remove(path)
+	known, err := k.Registered()
+	if err != nil {
+		t.Fatal(err)
+	}
+	as := func(uid string) []*event.File {
+		if out, err := exec.Command("setpriv", "--reuid="+uid, path).CombinedOutput(); err != nil {
+			t.Fatalf("%v %s", err, out)
+		}
+		return files(t, k, path)
+	}
+	if err := os.Chmod("/root", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Chmod("/root", 0o700)
+	for _, c := range []struct {
+		ignoreIDs bool
+		another   int // events of another subject once the first one's are marked
+	}{{true, 0}, {false, 2}} {
+		for ns, parent := range known {
+			if err := k.SetPolicy(ns, parent, 1000+ns.ID, c.ignoreIDs); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, f := range as("0") {
+			if err := k.MarkMeasured(f.MeasuredKey()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := as("0"); len(got) != 0 {
+			t.Errorf("ignore ids %v: %d events of a marked content", c.ignoreIDs, len(got))
+		}
+		if got := as("65534"); len(got) < c.another || c.another == 0 && len(got) != 0 {
+			t.Errorf("ignore ids %v: %d events of another subject, want %d", c.ignoreIDs, len(got), c.another)
+		}
+		if err := k.ForgetAll(); err != nil {
+			t.Fatal(err)
+		}
+		if got := as("0"); len(got) == 0 {
+			t.Errorf("ignore ids %v: no event after all was forgotten", c.ignoreIDs)
+		}
+	}
+}
+
+// Whoever waits is woken by a record, not before, and by the end of the context.
+func TestKernelWait(t *testing.T) {
+	k := open(t, Options{})
+	defer Unload(testPins)
+	defer k.Close()
+	files(t, k, "")
+	ctx, cancel := context.WithCancel(context.Background())
+	woken := make(chan error, 1)
+	go func() { woken <- k.Wait(ctx) }()
+	select {
+	case err := <-woken:
+		t.Fatalf("woken by nothing: %v, backlog %d", err, k.Backlog())
+	case <-time.After(300 * time.Millisecond):
+	}
+	execs(t, "/bin/true")
+	if err := <-woken; err != nil || k.Backlog() == 0 {
+		t.Fatalf("woken by a record: %v, backlog %d", err, k.Backlog())
+	}
+	if err := k.Wait(ctx); err != nil {
+		t.Errorf("records waiting: %v", err)
+	}
+	files(t, k, "")
+	go func() { woken <- k.Wait(ctx) }()
+	cancel()
+	if err := <-woken; err != nil {
+		t.Errorf("ended by the context: %v", err)
 	}
 }
 

@@ -15,14 +15,18 @@ import (
 const layout = `
 imans_header 32: kind 0, inum 4, mntns 8, boottime 16, sequence 24
 imans_subject 40: tgid 0, pid 4, start_boottime 8, uid 16, euid 20, suid 24, gid 28, egid 32, sgid 36
-imans_content 72: ino 0, change 8, size 16, ctime_sec 24, ctime_nsec 32, dev 36, generation 40, nlink 44, fs_magic 48, fs_uuid 56
-imans_file 360: header 0, subject 32, content 72, policy 144, seen_ino 152, seen_magic 160, seen_uuid 168, seen_dev 184, fowner 188, fgroup 192, func 196, flags 200, path_len 204, vma_start 208, vma_end 216, digest_algo 224, pad 228, digest 232, fs_name 296, fs_subtype 328
+imans_version 32: ino 0, change 8, ctime 16, dev 24, generation 28
+imans_content 72: version 0, size 32, nlink 40, pad 44, fs_magic 48, fs_uuid 56
+imans_digest 72: algo 0, pad 4, sum 8
+imans_file 360: header 0, subject 32, content 72, policy 144, seen_ino 152, seen_magic 160, seen_uuid 168, seen_dev 184, fowner 188, fgroup 192, func 196, flags 200, path_len 204, vma_start 208, vma_end 216, digest 224, fs_name 296, fs_subtype 328
 imans_birth 48: header 0, parent 32, parent_inum 40, tgid 44
 imans_death 32: header 0
 imans_move 56: header 0, from 32, from_inum 40, tgid 44, start_boottime 48
 imans_task 40: mntns 0, parent_mntns 8, start_boottime 16, inum 24, parent_inum 28, tgid 32, pid 36
-imans_measured_key 96: mntns 0, policy 8, ino 16, change 24, size 32, ctime_sec 40, ctime_nsec 48, dev 52, generation 56, func 60, uid 64, euid 68, suid 72, gid 76, egid 80, sgid 84, seen_dev 88, pad 92
-imans_mount_namespace 32: parent 0, policy 8, inum 16, parent_inum 20, flags 24, pad 28
+imans_measured_content 48: policy 0, version 8, seen_dev 40, func 44
+imans_measured_key 72: content 0, uid 48, euid 52, suid 56, gid 60, egid 64, sgid 68
+imans_mount_namespace 16: parent 0, inum 8, parent_inum 12
+imans_namespace_policy 24: generation 0, flags 8, pad 12, mntns 16
 `
 
 func TestLayoutIsTheObjects(t *testing.T) {
@@ -53,6 +57,7 @@ func TestLayoutIsTheObjects(t *testing.T) {
 	for name, sizes := range map[string][2]uintptr{
 		"key":             {unsafe.Sizeof(event.MeasuredKey{}), unsafe.Sizeof(imansImansMeasuredKey{})},
 		"mount namespace": {unsafe.Sizeof(mountNamespace{}), unsafe.Sizeof(imansImansMountNamespace{})},
+		"policy":          {unsafe.Sizeof(namespacePolicy{}), unsafe.Sizeof(imansImansNamespacePolicy{})},
 	} {
 		if sizes[0] != sizes[1] {
 			t.Errorf("%s: %d bytes in Go, %d in the object", name, sizes[0], sizes[1])

@@ -102,7 +102,8 @@ func build(o Options) [sha256.Size]byte {
 // pinnedMaps are the maps that outlive the agent; the others belong to the programs alone.
 func pinnedMaps() []string {
 	return []string{
-		imansMapEvents, imansMapLosses, imansMapMeasuredContents, imansMapMountNamespaces, imansMapNamespaceIds, imansMapSettings,
+		imansMapEvents, imansMapLosses, imansMapMeasuredBySubject, imansMapMeasuredContents, imansMapMountNamespaces, imansMapNamespaceIds,
+		imansMapNamespacePolicies, imansMapSettings,
 	}
 }
 

@@ -1,8 +1,12 @@
 package loader
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"os"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -20,14 +24,15 @@ const (
 // ring reads a BPF ring buffer and gives records back to the kernel only on commit. So the buffer is a journal: what was
 // read and not committed is read again by the next process that opens the map.
 //
-// One goroutine uses it. Layout (kernel/bpf/ringbuf.c): a page whose first 8 bytes are the consumer's position, a page
+// One goroutine reads; another may wait. Layout (kernel/bpf/ringbuf.c): a page whose first 8 bytes are the consumer's position, a page
 // whose first 8 bytes are the producer's, then the data, mapped twice in a row so that no record is ever split.
 type ring struct {
 	consumerPage []byte
 	producerPage []byte // with the data behind it
 	data         []byte
 	mask         uint64
-	position     uint64 // of the next record to read; at or after the committed one
+	position     uint64   // of the next record to read; at or after the committed one
+	wake         *os.File // the map, pollable
 }
 
 // openRing maps the buffer and starts at what the last reader committed.
@@ -43,7 +48,44 @@ func openRing(m *ebpf.Map) (*ring, error) {
 		return nil, fmt.Errorf("map ring buffer's data: %w", err)
 	}
 	r := newRing(consumer, producer, page, size)
+	if r.wake, err = pollable(m.FD()); err != nil {
+		return nil, errors.Join(err, r.close())
+	}
 	return r, nil
+}
+
+// pollable returns a file that the runtime's poller watches.
+func pollable(fd int) (*os.File, error) {
+	fd, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("copy ring buffer's descriptor: %w", err)
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("make ring buffer pollable: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "ring buffer"), nil
+}
+
+// wait returns when the kernel side wakes us, or there are records already, or ctx has ended.
+func (r *ring) wait(ctx context.Context) error {
+	conn, err := r.wake.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("wait for records: %w", err)
+	}
+	r.wake.SetReadDeadline(time.Time{})
+	stop := context.AfterFunc(ctx, func() { r.wake.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	asked := false
+	err = conn.Read(func(uintptr) bool {
+		again := asked
+		asked = true
+		return again || r.backlog() > 0
+	})
+	if err != nil {
+		return fmt.Errorf("wait for records: %w", err)
+	}
+	return nil
 }
 
 func newRing(consumer, producer []byte, page, size int) *ring {
@@ -83,9 +125,9 @@ func (r *ring) backlog() uint64 {
 }
 
 func (r *ring) close() error {
-	err := unix.Munmap(r.consumerPage)
-	if err2 := unix.Munmap(r.producerPage); err == nil {
-		err = err2
+	errs := []error{unix.Munmap(r.consumerPage), unix.Munmap(r.producerPage)}
+	if r.wake != nil {
+		errs = append(errs, r.wake.Close())
 	}
-	return err
+	return errors.Join(errs...)
 }

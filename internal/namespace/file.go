@@ -21,6 +21,7 @@ import (
 type Pending struct {
 	entries []pendingEntry
 	mark    bool // nothing of the event is in doubt: its content needs no event any more
+	ns      event.MountNS
 	key     event.MeasuredKey
 }
 
@@ -42,8 +43,8 @@ func (p Pending) Logged(ctx context.Context) error {
 	return nil
 }
 
-// Key returns the key to mark as measured, and whether there is one. Ask after Logged only.
-func (p Pending) Key() (event.MeasuredKey, bool) { return p.key, p.mark }
+// Mark returns what to mark as measured and in which namespace, and whether to. Ask after Logged only.
+func (p Pending) Mark() (event.MountNS, event.MeasuredKey, bool) { return p.ns, p.key, p.mark }
 
 // look is one file event on its way through the chain: what one level found out serves the next.
 type look struct {
@@ -88,7 +89,7 @@ func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
 			return Pending{}, fmt.Errorf("measure %q in namespace %v: %w", l.name, n.ns, err)
 		}
 	}
-	l.pending.key = ev.MeasuredKey()
+	l.pending.ns, l.pending.key = ev.NS, ev.MeasuredKey()
 	l.pending.mark = !l.inDoubt && ev.Policy == current && ev.Nlink > 0 && t.provable(ev)
 	return l.pending, nil
 }

@@ -90,6 +90,10 @@ func (t *Tree) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// Every namespace gets a new generation below, so what an earlier agent marked stands for nothing any more.
+	if err := t.config.Kernel.ForgetAll(); err != nil {
+		return err
+	}
 	native := initNamespace(tasks)
 	if native.IsZero() {
 		return errors.New("find the native namespace: process 1 is not to be seen; run in the host's pid namespace")
@@ -282,25 +286,17 @@ func (t *Tree) Death(ns event.MountNS) error {
 	for _, c := range orphans {
 		errs = append(errs, c.record(), t.publish(c))
 	}
-	errs = append(errs, s.end(), t.forgetMarks(s))
+	errs = append(errs, s.end(), t.config.Kernel.Forget(s.marks))
 	t.log.Debug("namespace ended", zap.Stringer("ns", ns))
 	return errors.Join(errs...)
 }
 
 // Mark tells the kernel side that a content needs no event any more.
-func (t *Tree) Mark(key event.MeasuredKey) error {
-	if s, ok := t.known(event.MountNS{ID: key.MountNS}); ok && s != t.native {
+func (t *Tree) Mark(ns event.MountNS, key event.MeasuredKey) error {
+	if s, ok := t.known(ns); ok && s != t.native {
 		s.marks = append(s.marks, key)
 	}
 	return t.config.Kernel.MarkMeasured(key)
-}
-
-// forgetMarks takes the marks of a namespace that has ended out of the kernel side's map, those of an earlier agent too.
-func (t *Tree) forgetMarks(s *State) error {
-	if s.origin == originFound && t.config.Kernel.Origin() == loader.Adopted {
-		return t.config.Kernel.ForgetNamespace(s.ns)
-	}
-	return t.config.Kernel.Forget(s.marks)
 }
 
 // Reconcile ends the states of namespaces that the kernel side does not know any more: their deaths came while no agent ran and

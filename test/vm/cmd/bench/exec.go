@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -26,7 +25,7 @@ var execScript []byte
 
 const (
 	execKernel = "6.12"
-	execRounds = 5
+	execRounds = 7
 	execSpawns = 200
 )
 
@@ -102,31 +101,47 @@ func execFigures(output string) ([]figure, error) {
 		}
 	}
 	var figures []figure
-	for _, which := range []string{"second", "first"} {
-		for _, kind := range []string{"static", "dynamic"} {
-			bare := slices.Clone(values[which+"-nothing "+kind])
-			if len(bare) != execRounds {
-				return nil, fmt.Errorf("%d rounds of %s-nothing %s, want %d:\n%s", len(bare), which, kind, execRounds, output)
+	for _, kind := range []string{"static", "dynamic"} {
+		bare, agent, ima := values["second-nothing "+kind], values["second-agent "+kind], values["second-kernel-ima "+kind]
+		if len(bare) != 1+2*execRounds || len(agent) != execRounds || len(ima) != execRounds {
+			return nil, fmt.Errorf("not all rounds of %s programs were measured:\n%s", kind, output)
+		}
+		with := more("second", kind, "the agent", agent, func(i int) float64 { return (bare[i] + bare[i+1]) / 2 })
+		with.target = "at most +0.5%"
+		base := mean(bare[execRounds+1:])
+		figures = append(figures, with,
+			more("second", kind, "the kernel's IMA", ima, func(int) float64 { return base }),
+			more("second", kind, "nothing, one round later", bare[1:execRounds+1], func(i int) float64 { return bare[i] }))
+	}
+	for _, kind := range []string{"static", "dynamic"} {
+		base := mean(values["first-nothing "+kind])
+		for _, with := range []struct{ condition, name string }{{"agent", "the agent"}, {"kernel-ima", "the kernel's IMA"}} {
+			v := values["first-"+with.condition+" "+kind]
+			if len(v) != execRounds {
+				return nil, fmt.Errorf("not all first rounds of %s programs were measured:\n%s", kind, output)
 			}
-			slices.Sort(bare)
-			base := median(bare)
-			for _, with := range []string{"agent", "kernel-ima", "nothing-again"} {
-				v := values[which+"-"+with+" "+kind]
-				if len(v) == 0 {
-					continue
-				}
-				f := figure{name: fmt.Sprintf("%s exec, %s: more instructions with %s", which, kind, with), format: "%+.2f%%"}
-				if with == "agent" && which == "second" {
-					f.target = "at most +0.5%"
-				}
-				for _, ns := range v {
-					f.ratios = append(f.ratios, (ns/base-1)*100)
-				}
-				slices.Sort(v)
-				f.parts = fmt.Sprintf("%.0f : %.0f instructions", median(v), base)
-				figures = append(figures, f)
-			}
+			figures = append(figures, more("first", kind, with.name, v, func(int) float64 { return base }))
 		}
 	}
 	return figures, nil
+}
+
+// more compares each round with its base.
+func more(which, kind, with string, values []float64, base func(round int) float64) figure {
+	f := figure{name: fmt.Sprintf("%s exec, %s: more instructions with %s", which, kind, with), format: "%+.2f%%"}
+	bases := 0.0
+	for i, ns := range values {
+		f.ratios = append(f.ratios, (ns/base(i)-1)*100)
+		bases += base(i)
+	}
+	f.parts = fmt.Sprintf("%.0f : %.0f instructions", mean(values), bases/float64(len(values)))
+	return f
+}
+
+func mean(values []float64) float64 {
+	sum := 0.0
+	for _, v := range values {
+		sum += v
+	}
+	return sum / float64(len(values))
 }
