@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"math"
 	"os"
 	"time"
 
@@ -78,19 +79,9 @@ func Sum(f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error
 		hashes[i] = h.New()
 		writers[i] = hashes[i]
 	}
-	buffer := make([]byte, min(readSize, max(ev.Content.Size+1, 512)))
-	var total uint64
-	for {
-		n, err := f.ReadAt(buffer, int64(total))
-		total += uint64(n)
-		for _, w := range writers {
-			w.Write(buffer[:n])
-		}
-		if err == io.EOF {
-			break
-		} else if err != nil {
-			return nil, fmt.Errorf("hash %s: %w", f.Name(), err)
-		}
+	total, err := read(f, ev.Content.Size, io.MultiWriter(writers...))
+	if err != nil {
+		return nil, fmt.Errorf("hash %s: %w", f.Name(), err)
 	}
 	if err := same(f, ev); err != nil {
 		return nil, err
@@ -107,6 +98,44 @@ func Sum(f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error
 		sums[i] = d
 	}
 	return sums, nil
+}
+
+// read writes the file's content and returns its length. What takes more than one read is read ahead while it is hashed.
+func read(f *os.File, size uint64, w io.Writer) (uint64, error) {
+	if size < readSize {
+		n, err := io.CopyBuffer(w, io.NewSectionReader(f, 0, math.MaxInt64), make([]byte, max(size+1, 512)))
+		return uint64(n), err
+	}
+	type part struct {
+		bytes []byte
+		err   error
+	}
+	free, full := make(chan []byte, 2), make(chan part, 2)
+	free <- make([]byte, readSize)
+	free <- make([]byte, readSize)
+	go func() {
+		defer close(full)
+		for at := int64(0); ; {
+			buffer := <-free
+			n, err := f.ReadAt(buffer, at)
+			at += int64(n)
+			full <- part{buffer[:n], err}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	var total uint64
+	var failed error
+	for p := range full {
+		total += uint64(len(p.bytes))
+		w.Write(p.bytes)
+		if p.err != nil && p.err != io.EOF {
+			failed = p.err
+		}
+		free <- p.bytes[:readSize]
+	}
+	return total, failed
 }
 
 // same checks that an open file is the inode and the version that the event saw. Under overlayfs statx shows the real inode's
