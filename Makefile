@@ -72,10 +72,10 @@ demo: ## boot a kernel with a TPM, measure two containers and verify their lists
 	exec bin/demo
 
 .PHONY: bench
-bench: ## print what the agent costs, as ratios with their spread
+bench: ## print what the agent costs, as ratios with their spread (ONLY="exec hash extend memory replay")
 	@$(DEPS) go vm test
 	go build -o bin/bench ./test/vm/cmd/bench
-	exec bin/bench
+	exec bin/bench $(ONLY)
 
 .PHONY: clean
 clean: ## remove what was built in this folder

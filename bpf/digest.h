@@ -25,11 +25,11 @@ static __always_inline bool imans_keeps_time(__u64 magic)
 
 /*
  * Whether a change from now on must move the version: the change time is older than its clock's step can hide. TAI is ahead
- * of the time of day by the leap seconds, 37 by now; 120 s leave room for those and for a clock that is being corrected.
+ * of the time of day by the leap seconds, 37 by now; 60 s leave room for those and for a clock that is being corrected.
  */
 static __always_inline bool imans_is_settled(const struct imans_version *version)
 {
-	return (__s64)(bpf_ktime_get_tai_ns() / 1000000000) - ((__s64)version->ctime >> 30) > 120;
+	return (__s64)(bpf_ktime_get_tai_ns() / 1000000000) - ((__s64)version->ctime >> 30) > 60;
 }
 
 /*

@@ -10,7 +10,7 @@ mount -o remount,noatime / 2>/dev/null || true
 # second CONDITION: programs that ran before; first CONDITION ROUND: programs that never ran, fresh copies.
 warm() {
 	for kind in static dynamic; do ./spawn 20 ./$kind >/dev/null; done
-	sleep 0.2 # an entry of the list, where there is one
+	sleep 2 # for the entries of a list, and for what the kernel frees behind a condition that has ended
 }
 second() {
 	warm
@@ -18,14 +18,19 @@ second() {
 	for kind in static dynamic; do echo "second-$1 $kind $(./spawn "$spawns" ./$kind)"; done
 }
 first() {
-	for kind in static dynamic; do
-		cp $kind "fresh-$1-$kind-$2" && printf %s "$1$2" >>"fresh-$1-$kind-$2"
-		touch -d '1 hour ago' "fresh-$1-$kind-$2"
-		sync
-		sleep 0.1
-		echo "first-$1 $kind $(./spawn 1 "./fresh-$1-$kind-$2")"
-	done
+	for kind in static dynamic; do echo "first-$1 $kind $(./spawn 1 "./fresh-$1-$kind-$2")"; done
 }
+# Programs are mostly older than a minute.
+for condition in nothing agent kernel-ima; do
+	for round in $(seq "$rounds"); do
+		for kind in static dynamic; do
+			{ cat $kind && printf %s "$condition$round"; } >"fresh-$condition-$kind-$round"
+			chmod +x "fresh-$condition-$kind-$round"
+		done
+	done
+done
+sync
+sleep 90
 start() {
 	tpm2_pcrreset -T device:/dev/tpmrm0 16
 	./imans-agent --policy exec --pcr 16 >agent.log 2>&1 &

@@ -21,7 +21,7 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	if err := run(ctx, os.Stdout, os.Stderr); err != nil {
+	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -36,7 +36,8 @@ type figure struct {
 	parts  string
 }
 
-func run(ctx context.Context, stdout, stderr io.Writer) error {
+// run measures what is named, or all.
+func run(ctx context.Context, only []string, stdout, stderr io.Writer) error {
 	dir, err := os.MkdirTemp("", "bench-")
 	if err != nil {
 		return err
@@ -47,9 +48,11 @@ func run(ctx context.Context, stdout, stderr io.Writer) error {
 		name    string
 		measure func(context.Context, string) ([]figure, error)
 	}{
-		{"exec, in a virtual machine", benchExec}, {"hashing", benchHash}, {"extending", benchExtend}, {"memory of entries", benchMemory},
-		{"replaying", benchReplay},
+		{"exec", benchExec}, {"hash", benchHash}, {"extend", benchExtend}, {"memory", benchMemory}, {"replay", benchReplay},
 	} {
+		if len(only) > 0 && !slices.Contains(only, b.name) {
+			continue
+		}
 		fmt.Fprintf(stderr, "bench: %s\n", b.name)
 		f, err := b.measure(ctx, dir)
 		figures = append(figures, f...)
