@@ -12,12 +12,15 @@
 #define IMANS_SHORT_PATH 512
 #define IMANS_FS_NAME_MAX 32
 #define IMANS_DIGEST_MAX 64 /* IMA_MAX_DIGEST_SIZE */
+#define IMANS_ANCESTORS 8
+#define IMANS_ID_RANGES 5
 
 enum imans_kind {
 	IMANS_FILE = 1,
 	IMANS_BIRTH = 2,
 	IMANS_DEATH = 3,
 	IMANS_MOVE = 4,
+	IMANS_ID_MAPS = 5,
 };
 
 /* The function, as internal/ima numbers it: enum ima_hooks of security/integrity/ima/ima.h from 0 = NONE. */
@@ -106,12 +109,29 @@ struct imans_file {
 	char fs_subtype[IMANS_FS_NAME_MAX];
 };
 
-/* A mount namespace came to be, or was first met (parent 0: not known). 48 bytes. */
+/* A mount namespace came to be, or was first met (parent 0: not known). 80 bytes. */
 struct imans_birth {
 	struct imans_header header;
 	__u64 parent;
 	__u32 parent_inum;
 	__u32 tgid; /* of its creator */
+	__u32 ancestors[IMANS_ANCESTORS]; /* tgids of the creator's parent, its parent and so on; 0 beyond the first process */
+};
+
+/* UID_GID_MAP_MAX_BASE_EXTENTS: what the kernel keeps in the map itself. 12 bytes. */
+struct imans_id_range {
+	__u32 inside, outside, count;
+};
+
+/*
+ * How the user namespace that owns header.mntns numbers ids, where that is not the initial one. Sent before a namespace's
+ * file records until the agent says that it knows. A map of more ranges than fit is told by its count only. 160 bytes.
+ */
+struct imans_id_maps {
+	struct imans_header header;
+	__u32 users, groups; /* ranges; 0: not written yet */
+	struct imans_id_range uids[IMANS_ID_RANGES];
+	struct imans_id_range gids[IMANS_ID_RANGES];
 };
 
 /* A mount namespace is gone. */
@@ -166,6 +186,7 @@ struct imans_namespace_policy {
 
 enum imans_namespace_policy_flag {
 	IMANS_IGNORE_IDS = 1 << 0, /* no rule of the chain names an id */
+	IMANS_KNOWN_IDS = 1 << 1,  /* the agent has the id maps, which are written only once */
 };
 
 /* The kernel numbers namespaces densely from PROC_DYNAMIC_FIRST, 0xf0000000; the first ones of 6.18 stand just below. */

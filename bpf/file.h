@@ -13,7 +13,7 @@ struct imans_look {
 	__u32 inum;
 	__u32 func;
 	__u32 flags;
-	__u32 pad;
+	__u32 policy_flags; /* enum imans_namespace_policy_flag */
 };
 
 /* What is found out once a record is wanted. */
@@ -52,19 +52,23 @@ static __always_inline bool imans_needs_event(struct file *file, __u32 func, __u
 	}
 	look->mntns = imans_mntns_id(ns);
 	look->policy = 0;
+	look->policy_flags = 0;
 	look->func = func;
 	look->flags = flags;
 	policy = imans_mntns_policy(look->inum);
 	if (!policy || policy->mntns != look->mntns)
 		return true; /* the agent has not looked at this namespace yet */
 	look->policy = policy->generation;
+	look->policy_flags = policy->flags;
 	if (policy->flags & IMANS_IGNORE_IDS)
 		look->flags |= IMANS_IDS_IGNORED;
 	return !imans_is_measured(task, inode, func, flags, policy);
 }
 
-static __always_inline void imans_find_content(struct file *file, const struct imans_look *look, struct imans_found *found)
+static __always_inline void imans_find(struct file *file, const struct imans_look *look, struct imans_found *found)
 {
+	if (!(look->policy_flags & IMANS_KNOWN_IDS))
+		imans_submit_id_maps(look->mntns, look->inum);
 	found->flags = look->flags | imans_read_version(file->f_inode, &found->content.version);
 	imans_fill_content(file->f_inode, &found->content);
 	found->digest.algo = -95; /* EOPNOTSUPP */
@@ -136,7 +140,7 @@ static __noinline int imans_submit_file(struct file *file, const struct imans_lo
 	struct imans_found found = {};
 	long len;
 
-	imans_find_content(file, look, &found);
+	imans_find(file, look, &found);
 	found.flags |= imans_take_digest(file, &found.content, found.flags, &found.digest);
 	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
 	if (!record)
@@ -169,7 +173,7 @@ static __noinline int imans_submit_mapping(struct file *file, const struct imans
 	struct imans_short_record *record;
 	struct imans_found found = {};
 
-	imans_find_content(file, look, &found);
+	imans_find(file, look, &found);
 	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
 	if (!record)
 		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);

@@ -86,6 +86,7 @@ int BPF_PROG(imans_file_mprotect, struct vm_area_struct *vma, unsigned long reqp
 static __always_inline void imans_submit_birth(__u64 id, __u32 inum, __u64 parent, __u32 parent_inum)
 {
 	struct imans_birth *record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 
 	if (!record) {
 		imans_lose(id, inum, IMANS_LOSS_RING_BUFFER_FULL);
@@ -94,7 +95,11 @@ static __always_inline void imans_submit_birth(__u64 id, __u32 inum, __u64 paren
 	imans_fill_header(&record->header, IMANS_BIRTH, id, inum);
 	record->parent = parent;
 	record->parent_inum = parent_inum;
-	record->tgid = bpf_get_current_pid_tgid() >> 32;
+	record->tgid = task->tgid;
+	for (int i = 0; i < IMANS_ANCESTORS; i++) {
+		task = task->real_parent;
+		record->ancestors[i] = task->tgid;
+	}
 	bpf_ringbuf_submit(record, imans_wake_flags());
 }
 
@@ -193,6 +198,7 @@ const struct imans_birth *imans_keep_birth;
 const struct imans_death *imans_keep_death;
 const struct imans_move *imans_keep_move;
 const struct imans_task *imans_keep_task;
+const struct imans_id_maps *imans_keep_id_maps;
 
 /* GPL: the helpers that read kernel memory and the kernel's digest ask for it. */
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

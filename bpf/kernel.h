@@ -70,6 +70,23 @@ struct ns_common {
 	__u32 inum;
 } BPF_CORE;
 
+struct uid_gid_extent {
+	__u32 first;
+	__u32 lower_first;
+	__u32 count;
+} BPF_CORE;
+
+struct uid_gid_map {
+	struct uid_gid_extent extent[5];
+	__u32 nr_extents;
+} BPF_CORE;
+
+struct user_namespace {
+	struct uid_gid_map uid_map;
+	struct uid_gid_map gid_map;
+	int level;
+} BPF_CORE;
+
 /* 6.18: the id moved from each namespace's own structure to the common part. */
 struct ns_common___6_18 {
 	__u64 ns_id;
@@ -77,6 +94,7 @@ struct ns_common___6_18 {
 
 struct mnt_namespace {
 	struct ns_common ns;
+	struct user_namespace *user_ns;
 } BPF_CORE;
 
 struct mnt_namespace___6_1 {

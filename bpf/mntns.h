@@ -83,4 +83,37 @@ static __always_inline __u64 imans_mntns_forget(__u32 inum)
 	return id;
 }
 
+static __always_inline void imans_fill_id_ranges(struct imans_id_range *ranges, const struct uid_gid_map *map)
+{
+	for (int i = 0; i < IMANS_ID_RANGES; i++) {
+		ranges[i].inside = map->extent[i].first;
+		ranges[i].outside = map->extent[i].lower_first;
+		ranges[i].count = map->extent[i].count;
+	}
+}
+
+/* Tells how the current task's mount namespace's owner numbers ids. Lost: it is sent again with the next file. */
+static __noinline int imans_submit_id_maps(__u64 id, __u32 inum)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
+	struct user_namespace *user_ns = task->nsproxy->mnt_ns->user_ns;
+	struct imans_id_maps *record;
+
+	if (!user_ns->level)
+		return 0;
+	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
+	if (!record)
+		return 0;
+	__builtin_memset(record, 0, sizeof(*record));
+	imans_fill_header(&record->header, IMANS_ID_MAPS, id, inum);
+	record->users = user_ns->uid_map.nr_extents;
+	record->groups = user_ns->gid_map.nr_extents;
+	if (record->users <= IMANS_ID_RANGES)
+		imans_fill_id_ranges(record->uids, &user_ns->uid_map);
+	if (record->groups <= IMANS_ID_RANGES)
+		imans_fill_id_ranges(record->gids, &user_ns->gid_map);
+	bpf_ringbuf_submit(record, imans_wake_flags());
+	return 0;
+}
+
 #endif

@@ -160,7 +160,7 @@ func prepare(c Config, log *zap.Logger) (namespace.Config, error) {
 		return none, usage("--pcr %d: want 0 to 23", c.PCR)
 	}
 	t := namespace.Config{
-		RunDir: c.RunDir, NativePolicy: native, NSPolicy: ns, NativePCR: c.PCR, Template: c.Template, Algo: algo, Log: log,
+		RunDir: c.RunDir, NativePolicy: native, NSPolicy: ns, Mode: namespace.All, MaxRules: 1024, NativePCR: c.PCR, Template: c.Template, Algo: algo, Log: log,
 	}
 	switch c.NSTPM {
 	case "swtpm":

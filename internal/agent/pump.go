@@ -202,6 +202,8 @@ func (p *pump) handle(ctx context.Context, b []byte) (namespace.Pending, error) 
 		return namespace.Pending{}, p.tree.Birth(r)
 	case *event.Death:
 		return namespace.Pending{}, p.tree.Death(r.NS)
+	case *event.IDMaps:
+		return namespace.Pending{}, p.tree.IDMaps(r)
 	case *event.Move:
 		p.tree.Move(r)
 	}

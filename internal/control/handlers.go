@@ -32,7 +32,7 @@ type Namespace struct {
 	Violations int    `json:"violations"`
 	PCR        int    `json:"pcr"`
 	TPM        string `json:"tpm,omitempty"`
-	State      string `json:"state"` // idle: nothing measured yet; measuring; waiting: see trouble; ended: see trouble
+	State      string `json:"state"` // shared: as its parent; idle: nothing measured yet; measuring; waiting: see trouble; ended: see trouble
 	Trouble    string `json:"trouble,omitempty"`
 	Rules      int    `json:"rules"`
 }
@@ -82,7 +82,9 @@ func jsonNamespace(i namespace.Info) Namespace {
 		n.State = "ended"
 	case trouble != nil:
 		n.State = "waiting"
-	case i.Active:
+	case !i.Active:
+		n.State = "shared"
+	case i.Listed:
 		n.State = "measuring"
 	default:
 		n.State = "idle"

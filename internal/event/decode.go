@@ -14,17 +14,19 @@ import (
 const (
 	HeaderSize = 32
 	FileSize   = 360
-	BirthSize  = 48
+	BirthSize  = 80
 	DeathSize  = 32
 	MoveSize   = 56
 	TaskSize   = 40
+	IDMapsSize = 160
 )
 
 const (
-	kindFile  = 1
-	kindBirth = 2
-	kindDeath = 3
-	kindMove  = 4
+	kindFile   = 1
+	kindBirth  = 2
+	kindDeath  = 3
+	kindMove   = 4
+	kindIDMaps = 5
 )
 
 // ctimeNsecBits is where the nanoseconds of a packed change time end.
@@ -33,7 +35,7 @@ const ctimeNsecBits = 30
 // PathMax is the longest path that a record carries, in bytes: the kernel's PATH_MAX.
 const PathMax = 4096
 
-// Record is one decoded record: *File, *Birth, *Death or *Move.
+// Record is one decoded record: *File, *Birth, *Death, *Move or *IDMaps.
 type Record interface {
 	// Origin returns the part that all records share.
 	Origin() Header
@@ -63,7 +65,7 @@ func Decode(b []byte) (Record, error) {
 	bad := func(format string, args ...any) (Record, error) {
 		return nil, &DecodeError{Kind: kind, Length: len(b), Reason: fmt.Sprintf(format, args...)}
 	}
-	sizes := map[uint32]int{kindFile: FileSize, kindBirth: BirthSize, kindDeath: DeathSize, kindMove: MoveSize}
+	sizes := map[uint32]int{kindFile: FileSize, kindBirth: BirthSize, kindDeath: DeathSize, kindMove: MoveSize, kindIDMaps: IDMapsSize}
 	size, ok := sizes[kind]
 	if !ok {
 		return bad("unknown kind")
@@ -74,7 +76,17 @@ func Decode(b []byte) (Record, error) {
 	h := Header{NS: mountNS(b, 8, 4), Boottime: time.Duration(u64(b, 16)), Sequence: u64(b, 24)}
 	switch kind {
 	case kindBirth:
-		return &Birth{Header: h, Parent: mountNS(b, 32, 40), Creator: u32(b, 44)}, nil
+		birth := &Birth{Header: h, Parent: mountNS(b, 32, 40), Creator: u32(b, 44)}
+		for i := range birth.Ancestors {
+			birth.Ancestors[i] = u32(b, 48+4*i)
+		}
+		return birth, nil
+	case kindIDMaps:
+		m := &IDMaps{Header: h}
+		m.UIDs, m.Cut = decodeIDMap(b, u32(b, 32), 40)
+		gids, cut := decodeIDMap(b, u32(b, 36), 100)
+		m.GIDs, m.Cut = gids, m.Cut || cut
+		return m, nil
 	case kindDeath:
 		return &Death{h}, nil
 	case kindMove:
@@ -86,6 +98,21 @@ func Decode(b []byte) (Record, error) {
 		return bad("%s", err)
 	}
 	return f, nil
+}
+
+// idRanges is how many ranges of a map a record has room for.
+const idRanges = 5
+
+// decodeIDMap reads a map of n ranges; cut: they did not fit.
+func decodeIDMap(b []byte, n uint32, at int) (m ima.IDMap, cut bool) {
+	if n > idRanges {
+		return nil, true
+	}
+	for range n {
+		m = append(m, ima.IDRange{Inside: u32(b, at), Outside: u32(b, at+4), Count: u32(b, at+8)})
+		at += 12
+	}
+	return m, false
 }
 
 // decodeFile reads the fields of fixed place.

@@ -115,8 +115,9 @@ type FileSystem struct {
 // Birth is a mount namespace that came to be, or was first met (Parent zero: not known).
 type Birth struct {
 	Header
-	Parent  MountNS
-	Creator uint32 // thread group id
+	Parent    MountNS
+	Creator   uint32    // thread group id
+	Ancestors [8]uint32 // thread group ids of the creator's parent, its parent and so on
 }
 
 // Death is a mount namespace that is gone.
@@ -127,6 +128,13 @@ type Move struct {
 	Header
 	From    MountNS
 	Process Process
+}
+
+// IDMaps is how the user namespace that owns Header.NS numbers ids. Empty maps are not written yet; they are written once.
+type IDMaps struct {
+	Header
+	ima.IDMaps
+	Cut bool // a map has more ranges than a record holds, and is empty here
 }
 
 // Task is one task as the task iterator reports it.

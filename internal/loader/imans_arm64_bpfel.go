@@ -93,6 +93,7 @@ const (
 	imansVarImansKeepBirth             = "imans_keep_birth"
 	imansVarImansKeepDeath             = "imans_keep_death"
 	imansVarImansKeepFile              = "imans_keep_file"
+	imansVarImansKeepIdMaps            = "imans_keep_id_maps"
 	imansVarImansKeepMove              = "imans_keep_move"
 	imansVarImansKeepTask              = "imans_keep_task"
 	imansVarImansKernelDigest          = "imans_kernel_digest"
@@ -171,6 +172,7 @@ type imansVariableSpecs struct {
 	ImansKeepBirth    *ebpf.VariableSpec `ebpf:"imans_keep_birth"`
 	ImansKeepDeath    *ebpf.VariableSpec `ebpf:"imans_keep_death"`
 	ImansKeepFile     *ebpf.VariableSpec `ebpf:"imans_keep_file"`
+	ImansKeepIdMaps   *ebpf.VariableSpec `ebpf:"imans_keep_id_maps"`
 	ImansKeepMove     *ebpf.VariableSpec `ebpf:"imans_keep_move"`
 	ImansKeepTask     *ebpf.VariableSpec `ebpf:"imans_keep_task"`
 	ImansKernelDigest *ebpf.VariableSpec `ebpf:"imans_kernel_digest"`
@@ -228,6 +230,7 @@ type imansVariables struct {
 	ImansKeepBirth    *ebpf.Variable `ebpf:"imans_keep_birth"`
 	ImansKeepDeath    *ebpf.Variable `ebpf:"imans_keep_death"`
 	ImansKeepFile     *ebpf.Variable `ebpf:"imans_keep_file"`
+	ImansKeepIdMaps   *ebpf.Variable `ebpf:"imans_keep_id_maps"`
 	ImansKeepMove     *ebpf.Variable `ebpf:"imans_keep_move"`
 	ImansKeepTask     *ebpf.Variable `ebpf:"imans_keep_task"`
 	ImansKernelDigest *ebpf.Variable `ebpf:"imans_kernel_digest"`

@@ -106,6 +106,7 @@ type namespacePolicy struct {
 // Of bpf/event.h.
 const (
 	flagIgnoreIDs          = 1          // IMANS_IGNORE_IDS
+	flagKnownIDs           = 2          // IMANS_KNOWN_IDS
 	firstInum              = 0xefffff00 // IMANS_FIRST_INUM
 	settingDistrustOverlay = 0          // IMANS_DISTRUST_OVERLAY
 	settingWake            = 1          // IMANS_WAKE
@@ -126,10 +127,16 @@ func (k *Kernel) Registered() (map[event.MountNS]event.MountNS, error) {
 	return parents, nil
 }
 
-// SetPolicy tells the kernel side which generation of policies judges a namespace's events from now on, and whether any
-// of their rules names an id. Content measured under another generation is an event again. Generations are unique among all
-// namespaces. A namespace that has died meanwhile is no error; where there is no room for one, its events flow each time.
-func (k *Kernel) SetPolicy(ns, parent event.MountNS, generation uint64, ignoreIDs bool) error {
+// Policy is what the kernel side knows of the policies that judge a namespace's events.
+type Policy struct {
+	Generation uint64 // of the whole chain; unique among all namespaces
+	IgnoreIDs  bool   // none of their rules names an id
+	KnownIDs   bool   // the namespace's id maps need not be sent any more
+}
+
+// SetPolicy tells the kernel side what judges a namespace's events from now on. Content measured under another generation is an
+// event again. A namespace that has died meanwhile is no error; where there is no room for one, its events flow each time.
+func (k *Kernel) SetPolicy(ns, parent event.MountNS, p Policy) error {
 	known := mountNamespace{Parent: parent.ID, Inum: ns.Inum, ParentInum: parent.Inum}
 	err := k.maps[imansMapMountNamespaces].Update(ns.ID, known, ebpf.UpdateExist)
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
@@ -142,9 +149,12 @@ func (k *Kernel) SetPolicy(ns, parent event.MountNS, generation uint64, ignoreID
 	if index >= m.MaxEntries() {
 		return nil
 	}
-	entry := namespacePolicy{Generation: generation, ID: ns.ID}
-	if ignoreIDs {
-		entry.Flags = flagIgnoreIDs
+	entry := namespacePolicy{Generation: p.Generation, ID: ns.ID}
+	if p.IgnoreIDs {
+		entry.Flags |= flagIgnoreIDs
+	}
+	if p.KnownIDs {
+		entry.Flags |= flagKnownIDs
 	}
 	if err := m.Update(index, entry, ebpf.UpdateAny); err != nil {
 		return fmt.Errorf("set policy generation of namespace %v: %w", ns, err)

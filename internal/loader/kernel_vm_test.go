@@ -125,7 +125,7 @@ func judgeAll(t *testing.T, k *Kernel) {
 		t.Fatal(err)
 	}
 	for ns, parent := range known {
-		if err := k.SetPolicy(ns, parent, ns.ID, true); err != nil {
+		if err := k.SetPolicy(ns, parent, Policy{Generation: ns.ID, IgnoreIDs: true}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -159,7 +159,7 @@ func TestKernelMarks(t *testing.T) {
 		another   int // events of another subject once the first one's are marked
 	}{{true, 0}, {false, 2}} {
 		for ns, parent := range known {
-			if err := k.SetPolicy(ns, parent, 1000+ns.ID, c.ignoreIDs); err != nil {
+			if err := k.SetPolicy(ns, parent, Policy{Generation: 1000 + ns.ID, IgnoreIDs: c.ignoreIDs}); err != nil {
 				t.Fatal(err)
 			}
 		}

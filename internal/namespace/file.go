@@ -66,6 +66,7 @@ type look struct {
 type entryKey struct {
 	pcr      int
 	template string
+	algo     ima.HashAlgo
 	loss     event.Loss
 }
 
@@ -85,6 +86,9 @@ func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
 	l := &look{tree: t, ev: ev, ctx: ctx, digests: map[ima.HashAlgo]ima.Digest{}, entries: map[entryKey]*imalog.Entry{}}
 	l.name = l.findName()
 	for n := s; n != nil; n = n.parent {
+		if !n.active {
+			continue
+		}
 		if err := l.measure(n, s); err != nil {
 			return Pending{}, fmt.Errorf("measure %q in namespace %v: %w", l.name, n.ns, err)
 		}
@@ -143,14 +147,16 @@ func (l *look) functions() []ima.Func {
 	return []ima.Func{l.ev.Func}
 }
 
-func (l *look) query(f ima.Func) *policy.Query {
-	ev := l.ev
+// query is the event as a level's rules see it, ids as that namespace numbers them.
+func (l *look) query(n *State, f ima.Func) *policy.Query {
+	ev, ids := l.ev, n.idMaps()
+	uid, gid := ids.UIDs.FromHost, ids.GIDs.FromHost
 	return &policy.Query{
 		Func: f, Mask: ima.MayExec,
 		FSMagic: ev.SeenFS.Magic, FSName: ev.SeenFS.Name, FSUUID: ev.SeenFS.UUID,
-		UID: ev.Subject.UID, EUID: ev.Subject.EUID, SUID: ev.Subject.SUID,
-		GID: ev.Subject.GID, EGID: ev.Subject.EGID, SGID: ev.Subject.SGID,
-		FOwner: ev.FOwner, FGroup: ev.FGroup,
+		UID: uid(ev.Subject.UID), EUID: uid(ev.Subject.EUID), SUID: uid(ev.Subject.SUID),
+		GID: gid(ev.Subject.GID), EGID: gid(ev.Subject.EGID), SGID: gid(ev.Subject.SGID),
+		FOwner: uid(ev.FOwner), FGroup: gid(ev.FGroup),
 		CapSetUID: ev.Flags&event.SetUIDCap != 0, CapSetGID: ev.Flags&event.SetGIDCap != 0,
 	}
 }
@@ -158,7 +164,7 @@ func (l *look) query(f ima.Func) *policy.Query {
 // measure does what one level's policy says. n is the level, s the event's own namespace.
 func (l *look) measure(n, s *State) error {
 	for _, f := range l.functions() {
-		d := n.policy.Match(l.query(f))
+		d := n.policy.Match(l.query(n, f))
 		if d.Actions&(ima.Measure|ima.Audit) == 0 {
 			continue
 		}
@@ -173,7 +179,7 @@ func (l *look) measure(n, s *State) error {
 			}
 			continue
 		}
-		sum, loss := l.digest(s, l.tree.config.Algo)
+		sum, loss := l.digest(s, n.algo)
 		if d.Actions&ima.Audit != 0 {
 			l.audit(n, f, sum)
 		}
@@ -189,7 +195,7 @@ func (l *look) measure(n, s *State) error {
 
 // append hands the entry, or the violation, to a level's list.
 func (l *look) append(n, s *State, d policy.Decision, sum ima.Digest, loss event.Loss) error {
-	key := entryKey{pcr: n.pcr, template: l.tree.config.Template, loss: loss}
+	key := entryKey{pcr: n.pcr, template: n.template, algo: n.algo, loss: loss}
 	if d.PCR >= 0 {
 		key.pcr = d.PCR
 	}
@@ -220,7 +226,7 @@ func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
 		v := imalog.FieldValues{Digest: sum, Name: l.name}
 		var err error
 		if key.loss != 0 {
-			v.Digest = ima.ZeroDigest(l.tree.config.Algo)
+			v.Digest = ima.ZeroDigest(key.algo)
 			e, err = imalog.NewViolation(key.pcr, key.template, v)
 			l.inDoubt = true
 			l.tree.countLoss(key.loss)

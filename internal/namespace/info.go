@@ -6,24 +6,29 @@ import (
 	"time"
 
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/measure"
 	"imans.dev/imans-agent/internal/policy"
 )
 
 // Info is what there is to say of a namespace at one moment.
 type Info struct {
-	NS      event.MountNS
-	Parent  event.MountNS // zero: the native namespace
-	Depth   int           // 0: the native namespace
-	Origin  string        // how it came to be known
-	Born    time.Time     // when the agent learned of it
-	Leader  event.Process // the first process seen in it
-	Entered int           // processes that came in from outside
-	PCR     int
-	TPM     string // address; "" without one, or before the first entry
-	Active  bool   // it has a list
-	Status  measure.Status
-	Rules   int // in its policy
+	NS       event.MountNS
+	Parent   event.MountNS // zero: the native namespace
+	Depth    int           // 0: the native namespace
+	Origin   string        // how it came to be known
+	Born     time.Time     // when the agent learned of it
+	Leader   event.Process // the first process seen in it
+	Entered  int           // processes that came in from outside
+	PCR      int
+	TPM      string // address; "" without one, or before the first entry
+	Active   bool   // it is an IMA namespace, and does not share its parent's fate
+	Listed   bool   // it has a list
+	Status   measure.Status
+	Rules    int // in its policy
+	Template string
+	Algo     ima.HashAlgo
+	IDs      ima.IDMaps // of the user namespace that owns it
 }
 
 // List returns all namespaces, each after its parent, siblings by inode number.
@@ -50,7 +55,7 @@ func (t *Tree) List() []Info {
 func (s *State) info(depth int) Info {
 	i := Info{
 		NS: s.ns, Parent: s.parentNS(), Depth: depth, Origin: s.origin, Born: s.born, Leader: s.leader, Entered: s.entered,
-		PCR: s.pcr, Active: s.list != nil, Rules: len(s.policy.Rules()),
+		PCR: s.pcr, Active: s.active, Listed: s.list != nil, Rules: len(s.policy.Rules()), Template: s.template, Algo: s.algo, IDs: s.ids,
 	}
 	if s.list != nil {
 		i.Status = s.list.Status()
@@ -80,6 +85,7 @@ type View struct {
 	Info   Info
 	Policy *policy.Policy
 	List   *measure.List // nil until the first entry
+	Gone   <-chan struct{}
 }
 
 // Find returns the namespace of that name: its inode number as lsns prints it, inum:id, or "native".
@@ -104,7 +110,7 @@ func (t *Tree) Find(name string) (View, error) {
 	for n := s.parent; n != nil; n = n.parent {
 		depth++
 	}
-	return View{Info: s.info(depth), Policy: s.policy, List: s.list}, nil
+	return View{Info: s.info(depth), Policy: s.policy, List: s.list, Gone: s.gone}, nil
 }
 
 // Counters is what the tree has counted since the agent began.

@@ -120,7 +120,7 @@ func (t *Tree) Loss(ctx context.Context, reason event.Loss) error {
 // between the loss is told again, never forgotten.
 func (s *State) recordLoss(ctx context.Context, name string, reason event.Loss) error {
 	for n := s; n != nil; n = n.parent {
-		if n.ended {
+		if n.ended || !n.active {
 			continue
 		}
 		err := n.open(ctx)
@@ -141,8 +141,7 @@ func (s *State) recordLoss(ctx context.Context, name string, reason event.Loss) 
 
 // appendViolation appends a violation to the namespace's own list.
 func (s *State) appendViolation(name string, reason event.Loss) error {
-	c := s.tree.config
-	e, err := imalog.NewViolation(s.pcr, c.Template, imalog.FieldValues{Digest: ima.ZeroDigest(c.Algo), Name: name})
+	e, err := imalog.NewViolation(s.pcr, s.template, imalog.FieldValues{Digest: ima.ZeroDigest(s.algo), Name: name})
 	if err != nil {
 		return err
 	}

@@ -15,6 +15,8 @@ import (
 	"imans.dev/imans-agent/internal/digest"
 	"imans.dev/imans-agent/internal/durable"
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/measure"
 	"imans.dev/imans-agent/internal/policy"
 	"imans.dev/imans-agent/internal/tpmext"
@@ -31,7 +33,13 @@ type State struct {
 	origin string // how it came to be known
 
 	// Guarded by tree.mu.
-	parent     *State // nil: the native namespace
+	active     bool   // it is an IMA namespace; else it shares its parent's fate
+	own        bool   // its policy was written to it
+	template   string // of its entries
+	algo       ima.HashAlgo
+	ids        ima.IDMaps // how its user namespace numbers ids
+	idsKnown   bool       // they will not change any more
+	parent     *State     // nil: the native namespace
 	children   []*State
 	policy     *policy.Policy // swapped whole
 	generation uint64         // of the chain's policies
@@ -41,11 +49,14 @@ type State struct {
 	entered    int            // processes that came in from outside
 
 	// The goroutine that handles records only.
-	ended   bool                // the list can't go on; its ancestors' lists say so
-	marks   []event.MeasuredKey // contents that the kernel side was told need no event any more
-	tpm     *tpmext.TPM
-	root    *digest.Root
-	writers map[event.Content]bool // contents whose open writers are on record
+	ended    bool                // the list can't go on; its ancestors' lists say so
+	requests []request           // for clones that are to be active
+	marks    []event.MeasuredKey // contents that the kernel side was told need no event any more
+	tpm      *tpmext.TPM
+	root     *digest.Root
+	writers  map[event.Content]bool // contents whose open writers are on record
+
+	gone chan struct{} // closed when the namespace has ended
 }
 
 // stateFile is what a namespace's folder says of it.
@@ -54,13 +65,17 @@ type stateFile struct {
 	ID         uint64 `json:"id"`
 	ParentInum uint32 `json:"parent_inum"`
 	ParentID   uint64 `json:"parent_id"`
+	Template   string `json:"template"`
+	Hash       string `json:"hash"`
+	// What was written to it, with ids as the namespace has them; none: it has the policy for new namespaces.
+	Policy *string `json:"policy,omitempty"`
 }
 
 const stateFileName = "namespace.json"
 
-// leftStates returns the namespaces whose folders an earlier agent of this boot left, with their parents.
-func leftStates(dir string) (map[event.MountNS]event.MountNS, error) {
-	left := make(map[event.MountNS]event.MountNS)
+// leftStates returns what the namespaces' folders say that an earlier agent of this boot left.
+func leftStates(dir string) (map[event.MountNS]stateFile, error) {
+	left := make(map[event.MountNS]stateFile)
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("list namespaces' folders: %w", err)
@@ -78,9 +93,24 @@ func leftStates(dir string) (map[event.MountNS]event.MountNS, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read %s: %w; move its folder away and restart", path, err)
 		}
-		left[event.MountNS{Inum: f.Inum, ID: f.ID}] = event.MountNS{Inum: f.ParentInum, ID: f.ParentID}
+		left[event.MountNS{Inum: f.Inum, ID: f.ID}] = f
 	}
 	return left, nil
+}
+
+// restore makes a namespace what an earlier agent recorded.
+func (s *State) restore(f stateFile) error {
+	algo, ok := ima.HashAlgoByName(f.Hash)
+	p, err := s.tree.config.NSPolicy, error(nil)
+	if f.Policy != nil {
+		p, err = policy.Parse(stateFileName, []byte(*f.Policy))
+	}
+	if err != nil || !ok || imalog.CheckTemplate(f.Template) != nil {
+		return fmt.Errorf("restore namespace %v from %s: hash %q, template %q, %v; move its folder away and restart",
+			s.ns, s.dir, f.Hash, f.Template, err)
+	}
+	s.active, s.template, s.algo, s.policy, s.own = true, f.Template, algo, p, f.Policy != nil
+	return nil
 }
 
 // record writes the state file, if the namespace has a folder.
@@ -93,7 +123,14 @@ func (s *State) record() error {
 
 func (s *State) writeRecord() error {
 	p := s.parentNS()
-	b, err := json.Marshal(stateFile{Inum: s.ns.Inum, ID: s.ns.ID, ParentInum: p.Inum, ParentID: p.ID})
+	f := stateFile{
+		Inum: s.ns.Inum, ID: s.ns.ID, ParentInum: p.Inum, ParentID: p.ID, Template: s.template, Hash: s.algo.String(),
+	}
+	if s.own {
+		text := s.policy.String()
+		f.Policy = &text
+	}
+	b, err := json.Marshal(f)
 	if err != nil {
 		return err
 	}
@@ -184,7 +221,7 @@ func (s *State) openTPM(ctx context.Context) (*tpmext.TPM, error) {
 func (s *State) openList(ctx context.Context, tpm measure.TPM) error {
 	c := s.tree.config
 	list, recovery, err := measure.Open(ctx, measure.Config{
-		Dir: s.dir, PCR: s.pcr, Template: c.Template, Algo: c.Algo, TPM: tpm, Store: s.tree.store, Log: c.Log,
+		Dir: s.dir, PCR: s.pcr, Template: s.template, Algo: s.algo, TPM: tpm, Store: s.tree.store, Log: c.Log,
 	})
 	if err != nil {
 		return err
@@ -251,7 +288,9 @@ func (s *State) end() error {
 	if s.swtpm != nil {
 		errs = append(errs, s.swtpm.Stop())
 	}
-	errs = append(errs, vtpm.Remove(s.vtpmConfig()), os.RemoveAll(s.dir))
+	if s.active {
+		errs = append(errs, vtpm.Remove(s.vtpmConfig()), os.RemoveAll(s.dir))
+	}
 	return errors.Join(errs...)
 }
 

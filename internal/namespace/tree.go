@@ -39,6 +39,8 @@ type Config struct {
 	RunDir       string // sockets; absolute
 	NativePolicy *policy.Policy
 	NSPolicy     *policy.Policy // that new namespaces start with
+	Mode         Mode           // how namespaces become active
+	MaxRules     int            // that a namespace may have
 	NativeTPM    measure.TPM    // nil: the native list is not anchored
 	NativePCR    int
 	Swtpm        string // program; "": lists of namespaces are not anchored
@@ -113,7 +115,8 @@ func (t *Tree) Start(ctx context.Context) error {
 			parents[ns] = native
 		}
 	}
-	for ns, parent := range left {
+	for ns, f := range left {
+		parent := event.MountNS{Inum: f.ParentInum, ID: f.ParentID}
 		if known, ok := parents[ns]; !ok || known == native {
 			parents[ns] = parent
 		}
@@ -121,7 +124,10 @@ func (t *Tree) Start(ctx context.Context) error {
 	delete(parents, native)
 	for _, ns := range topDown(parents, native) {
 		s := t.add(ns, t.lookup(parents[ns]), originFound)
-		if _, ok := left[ns]; ok {
+		if f, ok := left[ns]; ok {
+			if err := s.restore(f); err != nil {
+				return err
+			}
 			if err := s.open(ctx); err != nil {
 				if err := s.giveUp(ctx, err); err != nil {
 					return err
@@ -138,7 +144,10 @@ func (t *Tree) startNative(ctx context.Context, ns event.MountNS) error {
 	if err := durable.Mkdir(dir); err != nil {
 		return err
 	}
-	s := &State{tree: t, ns: ns, dir: dir, policy: t.config.NativePolicy, pcr: t.config.NativePCR, born: t.bootAt, origin: originNative}
+	s := &State{
+		tree: t, ns: ns, dir: dir, policy: t.config.NativePolicy, pcr: t.config.NativePCR, born: t.bootAt, origin: originNative,
+		active: true, template: t.config.Template, algo: t.config.Algo, ids: ima.InitialMaps(), gone: make(chan struct{}),
+	}
 	if err := s.openList(ctx, t.config.NativeTPM); err != nil {
 		return err
 	}
@@ -231,11 +240,15 @@ const (
 	originMet    = "met by an event" // its birth was lost
 )
 
-// add makes the state of a namespace. Its list and vTPM come with its first entry.
+// add makes the state of a namespace. If it is active its list and vTPM come with its first entry.
 func (t *Tree) add(ns event.MountNS, parent *State, origin string) *State {
 	s := &State{
-		tree: t, ns: ns, parent: parent, policy: t.config.NSPolicy, pcr: ima.DefaultPCR, born: time.Now(), origin: origin,
-		dir: filepath.Join(t.nsDir(), fmt.Sprintf("%d-%d", ns.Inum, ns.ID)),
+		tree: t, ns: ns, parent: parent, policy: &policy.Policy{}, pcr: ima.DefaultPCR, born: time.Now(), origin: origin,
+		dir:      filepath.Join(t.nsDir(), fmt.Sprintf("%d-%d", ns.Inum, ns.ID)),
+		template: t.config.Template, algo: t.config.Algo, ids: parent.idMaps(), gone: make(chan struct{}),
+	}
+	if t.config.Mode == All {
+		s.active, s.policy = true, t.config.NSPolicy
 	}
 	t.mu.Lock()
 	t.states[ns.ID] = s
@@ -249,7 +262,11 @@ func (t *Tree) Birth(b *event.Birth) error {
 	if _, ok := t.known(b.NS); ok {
 		return nil // seen by Start already
 	}
-	s := t.add(b.NS, t.lookup(b.Parent), originBorn)
+	parent := t.lookup(b.Parent)
+	s := t.add(b.NS, parent, originBorn)
+	if parent.requested(b) && !s.active {
+		s.active, s.policy = true, t.config.NSPolicy
+	}
 	s.leader = event.Process{TGID: b.Creator}
 	t.log.Debug("namespace born", zap.Stringer("ns", b.NS), zap.Stringer("parent", s.parent.ns))
 	return t.publish(s)
@@ -286,6 +303,7 @@ func (t *Tree) Death(ns event.MountNS) error {
 	for _, c := range orphans {
 		errs = append(errs, c.record(), t.publish(c))
 	}
+	close(s.gone)
 	errs = append(errs, s.end(), t.config.Kernel.Forget(s.marks))
 	t.log.Debug("namespace ended", zap.Stringer("ns", ns))
 	return errors.Join(errs...)
@@ -326,13 +344,9 @@ func (t *Tree) publish(s *State) error {
 	t.mu.Lock()
 	t.generation++
 	s.generation = t.generation
-	ids := false
-	for n := s; n != nil; n = n.parent {
-		ids = ids || n.policy.NamesIDs()
-	}
 	children := append([]*State(nil), s.children...)
 	t.mu.Unlock()
-	errs := []error{t.config.Kernel.SetPolicy(s.ns, s.parentNS(), s.generation, !ids)}
+	errs := []error{t.tell(s)}
 	for _, c := range children {
 		errs = append(errs, t.publish(c))
 	}

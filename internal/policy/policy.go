@@ -79,3 +79,10 @@ func (p *Policy) PCRs() []int {
 	}
 	return pcrs
 }
+
+// First returns a policy of the first n rules.
+func (p *Policy) First(n int) *Policy {
+	q := newPolicy(p.rules[:min(n, len(p.rules))])
+	q.failUnverifiable = p.failUnverifiable
+	return q
+}
