@@ -354,6 +354,15 @@ func TestDeadWindowIsNotWaitedFor(t *testing.T) {
 	dir := serverDir(t)
 	s := startServer(t, dir)
 	s.cmd.Process.Signal(syscall.SIGSTOP)
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
+		if err != nil || time.Now().After(deadline) {
+			t.Fatalf("the server does not stop: %v", err)
+		}
+		if strings.Contains(string(b), "T (stopped)") {
+			break
+		}
+	}
 	fd, err := unix.Open(dir, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
