@@ -8,13 +8,13 @@ i=0 missed="" stale=""
 while [ $i -lt 200 ]; do
 	i=$((i + 1))
 	run "$WORK/p$i"
-	grep -q " $WORK/p$i\$" "$LIST" || missed="$missed $i"
+	grep -qw "$WORK/p$i" "$LIST" || missed="$missed $i"
 	n=$(cat "$IMA/runtime_measurements_count")
 	[ "$n" -gt "$last" ] || stale="$stale $i"
 	last=$n
 done
 equal "a list has what ran before" "$missed" ""
 equal "a counter counts what ran before" "$stale" ""
-equal "each once" "$(grep -c " $WORK/p[0-9]*\$" "$LIST")" 200
+equal "each once" "$(count "$WORK/p[0-9]*")" 200
 equal "count and list agree" "$(cat "$IMA/runtime_measurements_count")" "$(wc -l <"$LIST")"
 finish

@@ -16,7 +16,7 @@ while [ $i -lt 20 ]; do
 		[ "$(count "$WORK/p$N")" = 1 ] || echo "own entry missing" >>"$WORK/trouble"'
 done
 equal "each began anew" "$(cat trouble 2>/dev/null)" ""
-equal "the list above has all of them" "$(grep -c " $WORK/p[0-9]*\$" "$LIST")" 20
+equal "the list above has all of them" "$(count "$WORK/p[0-9]*")" 20
 equal "and what it had before" "$(head -n "$(echo "$before" | wc -l)" "$LIST")" "$before"
 equal "the policy here stayed" "$(rules)" "measure func=BPRM_CHECK"
 
@@ -27,6 +27,6 @@ PARENT=$$ unshare --mount sh -c '. "$LIB"
 	exec 8<"$LIST"
 	exec nsenter --target "$PARENT" --mount sh -c "sleep 1; timeout 30 cat <&8 >$WORK/after-end 2>&1; echo \$? >$WORK/status"'
 holds "a list open at the end does not hang" grep -qv 143 "$WORK/status"
-equal "and is nobody else's" "$(grep -c " $WORK/p[0-9]*\$" "$WORK/after-end")" 0
+equal "and is nobody else's" "$(count "$WORK/p[0-9]*" "$WORK/after-end")" 0
 holds "the list here" timeout 30 cat "$LIST"
 finish

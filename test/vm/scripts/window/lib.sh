@@ -52,8 +52,8 @@ program() {
 # run FILE [TEXT]: makes a program and runs it.
 run() { program "$@" && "$1"; }
 
-# count FILE [LIST]: how many entries have this name.
-count() { grep -c " $1\$" "${2:-$LIST}"; }
+# count NAME [LIST]: how many entries have this name, a regular expression. With some templates more comes behind it.
+count() { awk -v name="^$1\$" '$5 ~ name { n++ } END { print n + 0 }' "${2:-$LIST}"; }
 
 # rules: the policy, without the blanks at the ends of lines.
 rules() { sed 's/ *$//' "$IMA/policy"; }

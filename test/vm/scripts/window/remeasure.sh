@@ -25,8 +25,8 @@ sleep 0.05 && program new && mv new "$p" && "$p" && "$p"
 equal "another file renamed over it" "$(count "$p")" 5
 mv "$p" "$WORK/q" && "$WORK/q"
 equal "a rename is no change" "$(count "$WORK/q")" 0
-equal "each with its digest" "$(grep " $p\$" "$LIST" | cut -d ' ' -f 4 | sort -u | wc -l)" 5
-equal "the last one's is the file's" "$(grep " $p\$" "$LIST" | tail -n 1 | sed 's/.*:\([0-9a-f]*\) .*/\1/')" "$(sha256sum <"$WORK/q" | cut -d ' ' -f 1)"
+equal "each with its digest" "$(grep -w "$p" "$LIST" | cut -d ' ' -f 4 | sort -u | wc -l)" 5
+equal "the last one's is the file's" "$(grep -w "$p" "$LIST" | tail -n 1 | cut -d ' ' -f 4 | sed 's/.*://')" "$(sha256sum <"$WORK/q" | cut -d ' ' -f 1)"
 
 mkdir lower upper work merged && program lower/below && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work,userxattr overlay merged
 m=$WORK/merged/below

@@ -15,7 +15,7 @@ for name in a b; do
 		cat "$IMA/runtime_measurements_count" >"$WORK/count-$NAME"' &
 done
 wait
-entries() { grep -c " $WORK/$1[0-9]\$" "$2"; }
+entries() { count "$WORK/$1[0-9]" "$2"; }
 equal "a has its own" "$(entries a list-a)" 6
 equal "a has none of b" "$(entries b list-a)" 0
 equal "b has its own" "$(entries b list-b)" 6
