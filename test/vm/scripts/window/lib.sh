@@ -2,7 +2,7 @@
 # What the scripts of this folder have in common; they source it.
 IMA=${IMA:-/sys/kernel/security/ima}
 LIST=$IMA/ascii_runtime_measurements
-LIB=${LIB:-${0%/*}/lib.sh}
+LIB=${LIB:-$(cd "${0%/*}" && pwd)/lib.sh}
 WORK=${WORK:-$(mktemp -d /tmp/ima.XXXXXX)}
 export IMA LIB WORK
 checks=0 failed=0
