@@ -3,6 +3,7 @@
 //	imans-agent --policy FILE            run the agent
 //	imans-agent doctor                   what this machine has and lacks
 //	imans-agent ns [list | show ID]      the namespaces
+//	imans-agent ns window ID             put a namespace's IMA folder over /sys/kernel/security in it
 //	imans-agent measurements ID          a list
 //	imans-agent policy check | show      policies
 //	imans-agent verify FILE              replay a list and compare it with a PCR

@@ -35,7 +35,7 @@ func newNS() *cobra.Command {
 	}
 	cmd := &cobra.Command{
 		Use:   "ns",
-		Short: "show the mount namespaces and their lists",
+		Short: "show the mount namespaces and their lists, and put windows into them",
 		Long:  "ns shows the tree of mount namespaces. A namespace is named by its inode number, as lsns prints it, or INUM:ID where it must be exact.",
 		Args:  exactly(0),
 		RunE:  list,
@@ -43,6 +43,7 @@ func newNS() *cobra.Command {
 	cmd.PersistentFlags().BoolVar(&asJSON, "json", false, "print JSON")
 	addRunDir(cmd, &runDir)
 	cmd.AddCommand(
+		newNSWindow(&runDir, &asJSON),
 		&cobra.Command{Use: "list", Short: "all namespaces, parents first", Args: exactly(0), RunE: list},
 		&cobra.Command{
 			Use: "show ID", Short: "one namespace", Args: exactly(1),

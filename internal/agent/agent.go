@@ -117,7 +117,7 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	if err := p.catchUp(ctx); err != nil {
 		return err
 	}
-	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), tree, p.barrier, log)
+	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), tree, p.barrier, filepath.Join(c.RunDir, windowName), log)
 	if err != nil {
 		return err
 	}
@@ -214,6 +214,9 @@ func useKernelDigest(c Config, log *zap.Logger) bool {
 	}
 	return use
 }
+
+// windowName is the folder in the run folder at which the window is mounted.
+const windowName = "fs"
 
 // lock keeps a second agent out of the state folder.
 func lock(dir string) (unlock func(), err error) {

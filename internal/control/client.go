@@ -31,7 +31,12 @@ func NewClient(path string) *Client {
 
 // get asks for a path; the caller closes the body.
 func (c *Client) get(ctx context.Context, path string) (io.ReadCloser, error) {
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent"+path, nil)
+	return c.request(ctx, http.MethodGet, path)
+}
+
+// request sends a request without a body; the caller closes the answer's.
+func (c *Client) request(ctx context.Context, method, path string) (io.ReadCloser, error) {
+	r, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,8 @@
 //	GET /v1/namespaces/NAME/policy           its rules, as text
 //	GET /v1/namespaces/NAME/pcrs             its PCR in each bank of its TPM, as the agent reads it now
 //	GET /v1/namespaces/NAME/measurements     its list; ?format=binary|ascii|json, ?bank=sha256, ?follow=true
+//	POST /v1/namespaces/NAME/window          mounts its window over /sys/kernel/security in it
+//	DELETE /v1/namespaces/NAME/window        takes that away again
 package control
 
 import (
@@ -20,6 +22,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -36,16 +39,20 @@ const barrierTimeout = 10 * time.Second
 
 // Server answers requests.
 type Server struct {
-	tree     *namespace.Tree
-	barrier  func(context.Context) error
-	log      *zap.Logger
-	path     string
-	listener net.Listener
-	http     *http.Server
+	tree      *namespace.Tree
+	barrier   func(context.Context) error
+	windowDir string // where the window is mounted in the agent's namespace
+	log       *zap.Logger
+	path      string
+	listener  net.Listener
+	http      *http.Server
+
+	windows sync.Mutex // one change of windows at a time
 }
 
 // Listen makes the socket, mode 0600 in a folder of mode 0700. barrier must return when all that is recorded is in the lists.
-func Listen(path string, tree *namespace.Tree, barrier func(context.Context) error, log *zap.Logger) (*Server, error) {
+// windowDir is where the agent has the window mounted.
+func Listen(path string, tree *namespace.Tree, barrier func(context.Context) error, windowDir string, log *zap.Logger) (*Server, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, fmt.Errorf("listen: %w; choose another folder with --run-dir", err)
 	}
@@ -60,7 +67,7 @@ func Listen(path string, tree *namespace.Tree, barrier func(context.Context) err
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
 	}
-	s := &Server{tree: tree, barrier: barrier, log: log, path: path, listener: listener}
+	s := &Server{tree: tree, barrier: barrier, windowDir: windowDir, log: log, path: path, listener: listener}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", s.status)
 	mux.HandleFunc("GET /v1/namespaces", s.namespaces)
@@ -68,6 +75,8 @@ func Listen(path string, tree *namespace.Tree, barrier func(context.Context) err
 	mux.HandleFunc("GET /v1/namespaces/{name}/policy", s.policy)
 	mux.HandleFunc("GET /v1/namespaces/{name}/pcrs", s.pcrs)
 	mux.HandleFunc("GET /v1/namespaces/{name}/measurements", s.measurements)
+	mux.HandleFunc("POST /v1/namespaces/{name}/window", s.attachWindow)
+	mux.HandleFunc("DELETE /v1/namespaces/{name}/window", s.detachWindow)
 	s.http = &http.Server{
 		Handler: s.onlyRoot(mux), ConnContext: peerContext, ReadHeaderTimeout: 5 * time.Second,
 		ErrorLog: zap.NewStdLog(log.Named("control")),

@@ -1,0 +1,204 @@
+package container
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// errEnded means that a process has ended.
+var errEnded = errors.New("the process has ended")
+
+// process is an open way into a mount namespace. It stays the same whatever becomes of the process that it was taken from.
+type process struct {
+	host int // the agent's /proc
+	ns   int
+	root int
+}
+
+func (p *process) close() {
+	for _, fd := range []int{p.host, p.ns, p.root} {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
+}
+
+// openProcess opens what is needed to enter the target's namespace. One descriptor of /proc/PID serves for all of it: it means
+// that very process, even when its number is given away again.
+func openProcess(t Target) (*process, error) {
+	p := &process{-1, -1, -1}
+	fail := func(err error) (*process, error) {
+		p.close()
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
+			err = errEnded
+		}
+		return nil, fmt.Errorf("process %d: %w", t.PID, err)
+	}
+	var err error
+	if p.host, err = unix.Open("/proc", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+		return fail(err)
+	}
+	dir, err := unix.Openat(p.host, strconv.Itoa(t.PID), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fail(err)
+	}
+	defer unix.Close(dir)
+	if p.ns, err = unix.Openat(dir, "ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+		return fail(err)
+	}
+	if p.root, err = unix.Openat(dir, "root", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+		return fail(err)
+	}
+	var before, after, own unix.Stat_t
+	if err := unix.Fstat(p.ns, &before); err != nil {
+		return fail(err)
+	}
+	if err := unix.Fstatat(dir, "ns/mnt", &after, 0); err != nil {
+		return fail(err)
+	}
+	if err := unix.Fstatat(p.host, "self/ns/mnt", &own, 0); err != nil {
+		return fail(err)
+	}
+	if before.Ino != uint64(t.Inum) || after.Ino != before.Ino { // else the root could be of another namespace
+		return fail(ErrChanged)
+	}
+	if before.Ino == own.Ino {
+		return fail(ErrOwn)
+	}
+	return p, nil
+}
+
+// enter runs f in the target's mount namespace, its root that of the target, and closes the tree afterwards. When ctx ends
+// first, enter returns and f goes on until what it waits for is over.
+func enter(ctx context.Context, t Target, tree int, f func(*inside) error) error {
+	p, err := openProcess(t)
+	if err != nil {
+		unix.Close(tree)
+		return err
+	}
+	done := onOwnThread(func() error {
+		defer p.close()
+		defer unix.Close(tree)
+		if err := p.enter(); err != nil {
+			return fmt.Errorf("enter the namespace of process %d: %w", t.PID, err)
+		}
+		return f(&inside{proc: p.host, tree: tree})
+	})
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// enter takes the calling thread into the namespace, for good. Its working folder is the host's /proc.
+func (p *process) enter() error {
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return fmt.Errorf("unshare the root folder: %w", err)
+	}
+	if err := unix.Setns(p.ns, unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("setns: %w", err)
+	}
+	if err := unix.Fchdir(p.root); err != nil {
+		return err
+	}
+	if err := unix.Chroot("."); err != nil {
+		return fmt.Errorf("chroot: %w", err)
+	}
+	return unix.Fchdir(p.host)
+}
+
+// onOwnThread runs f on a thread that ends with it. The process's first thread can't end, and /proc/self is its view: if the
+// goroutine happens to be on that one, it stays there, so that another has to be taken.
+func onOwnThread(f func() error) <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		if unix.Gettid() == unix.Getpid() {
+			defer runtime.UnlockOSThread()
+			done <- <-onOwnThread(f)
+			return
+		}
+		done <- f()
+	}()
+	return done
+}
+
+// Process returns a process of the mount namespace with that inode number: the oldest, which in a container is its first one.
+// It returns an error that is fs.ErrNotExist if there is none.
+func Process(inum uint32) (Target, error) {
+	all, err := Processes()
+	if err != nil {
+		return Target{}, err
+	}
+	if i := slices.IndexFunc(all, func(t Target) bool { return t.Inum == inum }); i >= 0 {
+		return all[i], nil
+	}
+	return Target{}, fmt.Errorf("no process is in namespace %d: %w", inum, fs.ErrNotExist)
+}
+
+// Processes returns the oldest process of each mount namespace, the oldest first: outer namespaces come before inner ones.
+func Processes() ([]Target, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, fmt.Errorf("look for processes: %w", err)
+	}
+	type found struct {
+		pid   int
+		start uint64
+	}
+	oldest := make(map[uint32]found)
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		link, err := os.Readlink("/proc/" + e.Name() + "/ns/mnt")
+		if err != nil {
+			continue // ended, or a zombie
+		}
+		inum, err := strconv.ParseUint(strings.Trim(link, "mnt:[]"), 10, 32)
+		if err != nil {
+			continue
+		}
+		start, err := startTime(pid)
+		if o, ok := oldest[uint32(inum)]; err == nil && (!ok || start < o.start) {
+			oldest[uint32(inum)] = found{pid, start}
+		}
+	}
+	inums := slices.SortedFunc(maps.Keys(oldest), func(a, b uint32) int {
+		return cmp.Or(cmp.Compare(oldest[a].start, oldest[b].start), cmp.Compare(oldest[a].pid, oldest[b].pid))
+	})
+	targets := make([]Target, len(inums))
+	for i, inum := range inums {
+		targets[i] = Target{PID: oldest[inum].pid, Inum: inum}
+	}
+	return targets, nil
+}
+
+// startTime returns when a process began, in clock ticks since boot: field 22 of /proc/PID/stat, the 20th behind the name,
+// which is in parentheses and may have any character.
+func startTime(pid int) (uint64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	text := string(b)
+	fields := strings.Fields(text[strings.LastIndexByte(text, ')')+1:])
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields)+2)
+	}
+	return strconv.ParseUint(fields[19], 10, 64)
+}
