@@ -66,20 +66,20 @@ func callerMountNS(tid uint32) (event.MountNS, error) {
 }
 
 // newTask reads what there is to know of the task that made a request.
-func newTask(h *fuse.InHeader) (*task, error) {
-	ns, err := callerMountNS(h.Pid)
+func newTask(c fuse.Caller) (*task, error) {
+	ns, err := callerMountNS(c.Pid)
 	if err != nil {
 		return nil, err
 	}
-	userNS, err := namespaceOf(h.Pid, "user")
+	userNS, err := namespaceOf(c.Pid, "user")
 	if err != nil {
 		return nil, err
 	}
-	t := &task{Caller: Caller{TID: h.Pid, NS: ns, UID: h.Uid, GID: h.Gid, UserNS: userNS}}
-	if t.UIDs, err = readIDMap(h.Pid, "uid_map"); err != nil {
+	t := &task{Caller: Caller{TID: c.Pid, NS: ns, UID: c.Uid, GID: c.Gid, UserNS: userNS}}
+	if t.UIDs, err = readIDMap(c.Pid, "uid_map"); err != nil {
 		return nil, err
 	}
-	if t.GIDs, err = readIDMap(h.Pid, "gid_map"); err != nil {
+	if t.GIDs, err = readIDMap(c.Pid, "gid_map"); err != nil {
 		return nil, err
 	}
 	return t, t.readStatus()

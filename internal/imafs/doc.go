@@ -25,9 +25,9 @@
 //	{ascii,binary}_runtime_measurements{,_sha1,_sha256,_sha384,_sha512}  0440
 //	runtime_measurements_count, violations                               0440
 //
-// The owner is root of the namespace's user namespace. Sizes are 0, as in securityfs: read until there is no more. The times of
-// the lists and counters change while one of them is open and the list grows, which is what tail -f looks at. There are no
-// inotify events, which securityfs has not either, and poll says always ready.
+// The owner is root of the namespace's user namespace. The size of a list is what there is to read, so that tail -f sees it grow;
+// securityfs says 0, as here for the other files. There are no inotify events, which securityfs has not either, and poll says
+// always ready.
 //
 // # Errors
 //

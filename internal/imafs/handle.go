@@ -113,6 +113,6 @@ func (s *setting) write(ctx context.Context, data []byte, off int64) (int, error
 	if err := s.set(ctx, trimLine(data)); err != nil {
 		return 0, err
 	}
-	s.next += int64(len(data))
+	s.next, s.fresh = off+int64(len(data)), false
 	return len(data), nil
 }

@@ -10,22 +10,31 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 )
 
 // loadTimeout bounds how long a write waits for the file system of the file that it names.
 const loadTimeout = 10 * time.Second
 
-// load takes the rules of a file. Its file system may be in the hands of whoever would like to hold up the agent: it gets
+// load takes the rules of a file, which who writes finds in its own root with its own rights. Its file system may be in the hands of whoever would like to hold up the agent: it gets
 // loadTimeout, and the namespace no other load until it answers.
 func (w *policyWriter) load(ctx context.Context, path string) error {
+	c, ok := fuse.FromContext(ctx)
+	if !ok {
+		return unix.EACCES
+	}
+	writer, err := newTask(*c)
+	if err != nil {
+		return err
+	}
 	if !w.open.startLoading(w.task.NS) {
 		return unix.EBUSY
 	}
-	root, err := unix.Open(fmt.Sprintf("/proc/%d/root", w.task.TID), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	root, err := unix.Open(fmt.Sprintf("/proc/%d/root", c.Pid), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		w.open.stopLoading(w.task.NS)
-		return fmt.Errorf("open the root of task %d: %w", w.task.TID, err)
+		return fmt.Errorf("open the root of task %d: %w", c.Pid, err)
 	}
 	type result struct {
 		text []byte
@@ -35,7 +44,7 @@ func (w *policyWriter) load(ctx context.Context, path string) error {
 	go func() { // ends when the file system answers, or with it
 		defer w.open.stopLoading(w.task.NS)
 		defer unix.Close(root)
-		text, err := readAs(w.task, root, path)
+		text, err := readAs(writer, root, path)
 		done <- result{text, err}
 	}()
 	timeout := time.After(loadTimeout)

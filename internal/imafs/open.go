@@ -2,7 +2,6 @@ package imafs
 
 import (
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -30,8 +29,6 @@ type space struct {
 	used    int           // handles, and a policy file being loaded
 	writer  *policyWriter // who has the policy open for writing
 	loading bool          // a policy file is being read; its file system may never answer
-	grown   int           // entries and violations when last looked at
-	changed time.Time     // when they changed
 }
 
 func newOpenFiles() *openFiles {
@@ -39,12 +36,12 @@ func newOpenFiles() *openFiles {
 }
 
 // reserve makes room for a handle.
-func (o *openFiles) reserve(ns event.MountNS, view View) error {
+func (o *openFiles) reserve(ns event.MountNS) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	s := o.spaces[ns]
 	if s == nil {
-		s = &space{changed: time.Now(), grown: size(view)}
+		s = new(space)
 		o.spaces[ns] = s
 	}
 	if s.used >= handlesMax {
@@ -133,28 +130,4 @@ func (o *openFiles) stopLoading(ns event.MountNS) {
 	defer o.mu.Unlock()
 	o.spaces[ns].loading = false
 	o.drop(ns)
-}
-
-// changed returns when a list was last seen to have grown, as long as one of the namespace's files is open.
-func (o *openFiles) changed(ns event.MountNS, view View, otherwise time.Time) time.Time {
-	now := size(view)
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	s := o.spaces[ns]
-	if s == nil {
-		return otherwise
-	}
-	if now != s.grown {
-		s.grown, s.changed = now, time.Now()
-	}
-	return s.changed
-}
-
-func size(view View) int {
-	l := view.List()
-	if l == nil {
-		return 0
-	}
-	st := l.Status()
-	return st.Entries + st.Violations
 }

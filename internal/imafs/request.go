@@ -15,17 +15,35 @@ func requestContext(h *fuse.InHeader, cancel <-chan struct{}) context.Context {
 	return &fuse.Context{Caller: h.Caller, Cancel: cancel}
 }
 
-// nsOf returns the namespace of that inode number; if it is the caller's, with its unique id.
-func (s *fileSystem) nsOf(h *fuse.InHeader, inum uint32) (event.MountNS, error) {
-	if own, err := callerNS(h.Pid); err == nil && own == inum {
-		return callerMountNS(h.Pid)
+// viewOf returns the view of the namespace of that inode number; if it is the caller's, by its unique id.
+func (s *fileSystem) viewOf(cancel <-chan struct{}, h *fuse.InHeader, inum uint32) (View, error) {
+	ns := event.MountNS{Inum: inum}
+	if own, err := callerMountNS(h.Pid); err == nil && own.Inum == inum {
+		ns = own
 	}
-	return event.MountNS{Inum: inum}, nil
+	return s.views.View(requestContext(h, cancel), ns)
+}
+
+// size returns how long the caller's own file is; that of another namespace has none.
+func (s *fileSystem) size(cancel <-chan struct{}, h *fuse.InHeader, node uint64) (uint64, error) {
+	inum, f, _ := fileOf(node)
+	if own, err := callerNS(h.Pid); err != nil || own != inum {
+		return 0, nil
+	}
+	view, err := s.viewOf(cancel, h, inum)
+	if err != nil {
+		return 0, err
+	}
+	return uint64(s.sizes.of(requestContext(h, cancel), view, f)), nil
 }
 
 // GetAttr implements fuse.RawFileSystem.
 func (s *fileSystem) GetAttr(cancel <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
-	return s.status(s.attr(cancel, &in.InHeader, in.NodeId, &out.Attr))
+	err := s.attr(cancel, &in.InHeader, in.NodeId, &out.Attr)
+	if _, f, ok := fileOf(in.NodeId); err == nil && ok && f != nil {
+		out.Size, err = s.size(cancel, &in.InHeader, in.NodeId)
+	}
+	return s.status(err)
 }
 
 // SetAttr implements fuse.RawFileSystem. A truncation changes nothing, as in securityfs: opening with O_TRUNC asks for one.
@@ -51,7 +69,7 @@ func (s *fileSystem) access(cancel <-chan struct{}, h *fuse.InHeader, want uint3
 	if err := s.attr(cancel, h, h.NodeId, &a); err != nil || want == 0 {
 		return err
 	}
-	t, err := newTask(h)
+	t, err := newTask(h.Caller)
 	if err != nil {
 		return err
 	}
@@ -78,7 +96,7 @@ func (s *fileSystem) openFile(ctx context.Context, in *fuse.OpenIn) (uint64, err
 	if !ok || f == nil {
 		return 0, unix.ESTALE
 	}
-	t, err := newTask(&in.InHeader)
+	t, err := newTask(in.Caller)
 	if err != nil {
 		return 0, err
 	}
@@ -92,7 +110,7 @@ func (s *fileSystem) openFile(ctx context.Context, in *fuse.OpenIn) (uint64, err
 	if err := allow(t, view, f, in.Flags&unix.O_ACCMODE); err != nil {
 		return 0, err
 	}
-	if err := s.open.reserve(t.NS, view); err != nil {
+	if err := s.open.reserve(t.NS); err != nil {
 		return 0, err
 	}
 	h, err := s.newHandle(ctx, f, t, view, in.Flags)

@@ -33,6 +33,7 @@ type fileSystem struct {
 	log                *zap.Logger
 	started            time.Time
 	open               *openFiles
+	sizes              *sizes
 }
 
 // Mount mounts the window at a folder, which it makes if it has to. What an agent that was killed left mounted there is taken
@@ -50,6 +51,7 @@ func Mount(dir string, views Views, log *zap.Logger) (*Server, error) {
 	}
 	s := &fileSystem{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(), views: views, log: log, started: time.Now(), open: newOpenFiles(),
+		sizes: newSizes(),
 	}
 	server, err := newServer(s, dir)
 	if err != nil {
