@@ -149,6 +149,8 @@ func TestFollow(t *testing.T) {
 			eventually(t, "tail opens", func() bool { return heldForReading(w, v) })
 			time.Sleep(100 * time.Millisecond)
 			fill(t, v.list, 77, 1)
+			time.Sleep(1500 * time.Millisecond)
+			fill(t, v.list, 100, 1) // for tail to notice that nobody listens
 			if out := <-done; !strings.Contains(out, "program-77") {
 				t.Errorf("printed %q", out)
 			}

@@ -240,6 +240,9 @@ func open(t testing.TB) *window {
 	}
 	views := &fakeViews{t: t, dir: t.TempDir(), store: measure.NewStore(), spaces: make(map[uint32]*fakeView)}
 	dir := filepath.Join(t.TempDir(), "window")
+	if err := os.Chmod(filepath.Dir(views.dir), 0o755); err != nil { // for other users
+		t.Fatal(err)
+	}
 	s, err := Mount(dir, views, zap.NewNop())
 	if err != nil {
 		t.Fatal(err)
