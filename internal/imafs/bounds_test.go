@@ -30,11 +30,11 @@ func TestBarrier(t *testing.T) {
 	open := mustOpen(t, w.path("ascii_runtime_measurements"), unix.O_RDONLY)
 	readAll(t, open, 1000)
 	v.setBarrier(wait)
-	w.views.before = func(v *fakeView) {
+	w.views.onNew(func(v *fakeView) {
 		if err := v.Activate(t.Context()); err != nil {
 			t.Error(err)
 		}
-	}
+	})
 	failed := make(chan error, 3)
 	start := time.Now()
 	for _, name := range []string{"ascii_runtime_measurements", "violations"} {
@@ -74,8 +74,40 @@ func TestKilledClient(t *testing.T) {
 	start := time.Now()
 	cmd.Process.Kill()
 	cmd.Wait()
+	if cmd.ProcessState == nil {
+		t.Error("it is still there")
+	}
 	if err := <-over; err != context.Canceled || time.Since(start) > time.Second {
 		t.Errorf("%v after %v", err, time.Since(start))
+	}
+}
+
+// TestSignals: one that does not kill does not interrupt.
+func TestSignals(t *testing.T) {
+	w, v := openActive(t)
+	begun, goOn := make(chan bool, 1), make(chan bool)
+	v.setBarrier(func(ctx context.Context) error {
+		begun <- true
+		select {
+		case <-goOn:
+		case <-ctx.Done():
+		}
+		return ctx.Err()
+	})
+	var out bytes.Buffer
+	cmd := exec.Command("bash", "-c", "trap 'echo signal' USR1; read -r x <"+w.path("violations")+"; echo $x")
+	cmd.Stdout = &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	<-begun
+	for range 3 {
+		cmd.Process.Signal(unix.SIGUSR1)
+		time.Sleep(100 * time.Millisecond)
+	}
+	close(goOn)
+	if err := cmd.Wait(); err != nil || out.String() != "signal\n0\n" {
+		t.Errorf("printed %q, %v", out.String(), err)
 	}
 }
 

@@ -42,7 +42,7 @@
 //	EAGAIN  what the kernel recorded could not be brought into the lists within two seconds
 //	EMFILE  a namespace has 1024 files open
 //	ENODEV  the namespace has ended
-//	EINTR   a signal came while waiting
+//	EINTR   the caller was killed while it waited, which nobody sees; other signals do not interrupt, as no file should
 //	EIO     anything else; the agent's log says more
 //
 // # Reading

@@ -13,7 +13,7 @@ import (
 // TestLayout: both ways to a file lead to it, everything is listed, and owners and modes are the kernel's.
 func TestLayout(t *testing.T) {
 	w, v := openActive(t)
-	v.owner = Owner{100000, 100001}
+	v.set(func() { v.owner = Owner{100000, 100001} })
 	w.want(`cd $W; ls -A; echo -; ls -A integrity; echo -; ls -A .ns`, "ima\nintegrity\n-\nima\n-\n")
 	w.want(`cat $W/ima/active $W/integrity/ima/active; cd $W/ima; cat active ./active`, "1\n1\n1\n1\n")
 	var want []string

@@ -44,7 +44,7 @@ func TestListFormats(t *testing.T) {
 			continue
 		}
 		for _, size := range []int{7, 4096, 65536, 1 << 20} {
-			if size == 7 && f.bank == ima.SHA512 {
+			if size == 7 && f.bank != ima.SHA384 {
 				continue // slow, and no other than the rest
 			}
 			if got := readAll(t, mustOpen(t, w.path(f.name), unix.O_RDONLY), size); !bytes.Equal(got, want.Bytes()) {

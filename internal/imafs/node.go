@@ -1,6 +1,7 @@
 package imafs
 
 import (
+	"context"
 	"fmt"
 	"strconv"
 	"strings"
@@ -92,7 +93,9 @@ var files = []file{
 func (s *fileSystem) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
 	node, err := lookup(h, name)
 	if err == nil {
-		err = s.attr(cancel, h, node, &out.Attr)
+		ctx, stop := s.request(h, cancel)
+		defer stop()
+		err = s.attr(ctx, h, node, &out.Attr)
 	}
 	out.NodeId = node
 	return s.status(err)
@@ -170,7 +173,7 @@ func (s *fileSystem) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEn
 }
 
 // attr fills in what stat shows, but the size.
-func (s *fileSystem) attr(cancel <-chan struct{}, h *fuse.InHeader, node uint64, a *fuse.Attr) error {
+func (s *fileSystem) attr(ctx context.Context, h *fuse.InHeader, node uint64, a *fuse.Attr) error {
 	a.Ino, a.Nlink, a.Blksize = node, 1, 4096
 	inum, f, ok := fileOf(node)
 	switch {
@@ -181,7 +184,7 @@ func (s *fileSystem) attr(cancel <-chan struct{}, h *fuse.InHeader, node uint64,
 	case !ok:
 		return unix.ESTALE
 	default:
-		view, err := s.viewOf(cancel, h, inum)
+		view, err := s.viewOf(ctx, h, inum)
 		if err != nil {
 			return err
 		}

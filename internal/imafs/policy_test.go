@@ -157,7 +157,7 @@ func TestPolicyLoad(t *testing.T) {
 		if path == "/secret" {
 			uid = 65534
 		}
-		v.policy = new(policy.Policy)
+		v.set(func() { v.policy = new(policy.Policy) })
 		n, err := writeIn(t, w, root, uid, path)
 		if err != want || err == nil && n != len(path) {
 			t.Errorf("write %q: %d, %v, want %v", path, n, err, want)
@@ -272,13 +272,13 @@ func TestWriterElsewhere(t *testing.T) {
 // TestCloseWaits: close(2) returns when the rules are in force, whoever is in a hurry, and says what was wrong with them.
 func TestCloseWaits(t *testing.T) {
 	w, v := openActive(t)
-	v.apply = func() { time.Sleep(300 * time.Millisecond) }
+	v.set(func() { v.apply = func() { time.Sleep(300 * time.Millisecond) } })
 	start := time.Now()
 	w.want(`echo measure func=BPRM_CHECK > $W/ima/policy`, "")
 	if time.Since(start) < 300*time.Millisecond || v.rules() != bprm {
 		t.Errorf("the close came back after %v, in force %q", time.Since(start), v.rules())
 	}
-	v.apply = nil
+	v.set(func() { v.apply = nil })
 	fd := mustOpen(t, w.path("policy"), unix.O_WRONLY)
 	for range rulesMax {
 		if _, err := unix.Write(fd, []byte("measure func=BPRM_CHECK\n")); err != nil {

@@ -11,37 +11,35 @@ import (
 	"imans.dev/imans-agent/internal/imalog"
 )
 
-func requestContext(h *fuse.InHeader, cancel <-chan struct{}) context.Context {
-	return &fuse.Context{Caller: h.Caller, Cancel: cancel}
-}
-
 // viewOf returns the view of the namespace of that inode number; if it is the caller's, by its unique id.
-func (s *fileSystem) viewOf(cancel <-chan struct{}, h *fuse.InHeader, inum uint32) (View, error) {
+func (s *fileSystem) viewOf(ctx context.Context, h *fuse.InHeader, inum uint32) (View, error) {
 	ns := event.MountNS{Inum: inum}
 	if own, err := callerMountNS(h.Pid); err == nil && own.Inum == inum {
 		ns = own
 	}
-	return s.views.View(requestContext(h, cancel), ns)
+	return s.views.View(ctx, ns)
 }
 
 // size returns how long the caller's own file is; that of another namespace has none.
-func (s *fileSystem) size(cancel <-chan struct{}, h *fuse.InHeader, node uint64) (uint64, error) {
+func (s *fileSystem) size(ctx context.Context, h *fuse.InHeader, node uint64) (uint64, error) {
 	inum, f, _ := fileOf(node)
 	if own, err := callerNS(h.Pid); err != nil || own != inum {
 		return 0, nil
 	}
-	view, err := s.viewOf(cancel, h, inum)
+	view, err := s.viewOf(ctx, h, inum)
 	if err != nil {
 		return 0, err
 	}
-	return uint64(s.sizes.of(requestContext(h, cancel), view, f)), nil
+	return uint64(s.sizes.of(ctx, view, f)), nil
 }
 
 // GetAttr implements fuse.RawFileSystem.
 func (s *fileSystem) GetAttr(cancel <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
-	err := s.attr(cancel, &in.InHeader, in.NodeId, &out.Attr)
+	ctx, stop := s.request(&in.InHeader, cancel)
+	defer stop()
+	err := s.attr(ctx, &in.InHeader, in.NodeId, &out.Attr)
 	if _, f, ok := fileOf(in.NodeId); err == nil && ok && f != nil {
-		out.Size, err = s.size(cancel, &in.InHeader, in.NodeId)
+		out.Size, err = s.size(ctx, &in.InHeader, in.NodeId)
 	}
 	return s.status(err)
 }
@@ -51,22 +49,26 @@ func (s *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fu
 	if in.Valid&(fuse.FATTR_MODE|fuse.FATTR_UID|fuse.FATTR_GID) != 0 {
 		return fuse.EPERM
 	}
+	ctx, stop := s.request(&in.InHeader, cancel)
+	defer stop()
 	if in.Valid&(fuse.FATTR_SIZE|fuse.FATTR_FH) == fuse.FATTR_SIZE {
-		if err := s.access(cancel, &in.InHeader, wantWrite); err != nil {
+		if err := s.access(ctx, &in.InHeader, wantWrite); err != nil {
 			return s.status(err)
 		}
 	}
-	return s.status(s.attr(cancel, &in.InHeader, in.NodeId, &out.Attr))
+	return s.status(s.attr(ctx, &in.InHeader, in.NodeId, &out.Attr))
 }
 
 // Access implements fuse.RawFileSystem.
 func (s *fileSystem) Access(cancel <-chan struct{}, in *fuse.AccessIn) fuse.Status {
-	return s.status(s.access(cancel, &in.InHeader, in.Mask))
+	ctx, stop := s.request(&in.InHeader, cancel)
+	defer stop()
+	return s.status(s.access(ctx, &in.InHeader, in.Mask))
 }
 
-func (s *fileSystem) access(cancel <-chan struct{}, h *fuse.InHeader, want uint32) error {
+func (s *fileSystem) access(ctx context.Context, h *fuse.InHeader, want uint32) error {
 	var a fuse.Attr
-	if err := s.attr(cancel, h, h.NodeId, &a); err != nil || want == 0 {
+	if err := s.attr(ctx, h, h.NodeId, &a); err != nil || want == 0 {
 		return err
 	}
 	t, err := newTask(h.Caller)
@@ -86,7 +88,9 @@ func (s *fileSystem) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, _ *fuse.OpenOut
 
 // Open implements fuse.RawFileSystem.
 func (s *fileSystem) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
-	fh, err := s.openFile(requestContext(&in.InHeader, cancel), in)
+	ctx, stop := s.request(&in.InHeader, cancel)
+	defer stop()
+	fh, err := s.openFile(ctx, in)
 	out.Fh, out.OpenFlags = fh, fuse.FOPEN_DIRECT_IO
 	return s.status(err)
 }
@@ -179,7 +183,9 @@ func (s *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (
 		return nil, s.status(errUnexpected)
 	}
 	buf = buf[:min(len(buf), int(in.Size))]
-	n, err := h.read(requestContext(&in.InHeader, cancel), buf, int64(in.Offset))
+	ctx, stop := s.request(&in.InHeader, cancel)
+	defer stop()
+	n, err := h.read(ctx, buf, int64(in.Offset))
 	if err != nil {
 		return nil, s.status(err)
 	}
@@ -192,7 +198,9 @@ func (s *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte
 	if !ok {
 		return 0, s.status(errUnexpected)
 	}
-	n, err := h.write(requestContext(&in.InHeader, cancel), data, int64(in.Offset))
+	ctx, stop := s.request(&in.InHeader, cancel)
+	defer stop()
+	n, err := h.write(ctx, data, int64(in.Offset))
 	return uint32(n), s.status(err)
 }
 

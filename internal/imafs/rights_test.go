@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -58,17 +57,19 @@ func TestRights(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := open(t)
-			w.views.before = func(v *fakeView) {
-				v.owner = Owner{c.owner, c.owner}
+			w.views.onNew(func(v *fakeView) {
+				v.set(func() { v.owner = Owner{c.owner, c.owner} })
 				if err := v.Activate(t.Context()); err != nil {
 					t.Error(err)
 				}
-			}
+			})
 			w.want(fmt.Sprintf(c.wrap, try), c.want, c.options...)
-			for _, v := range w.views.spaces {
-				if v.wrote != nil && strings.Contains(c.want, "wrote policy") && len(c.options) > 0 {
-					if m := v.wrote.UIDs; len(m) != 1 || m[0].Inside != 0 || m[0].Outside != c.owner || v.wrote.UserNS == 0 {
-						t.Errorf("the writer's ids: %+v", v.wrote)
+			for _, v := range w.views.all() {
+				var by *Caller
+				v.set(func() { by = v.wrote })
+				if by != nil && len(c.options) > 0 {
+					if m := by.UIDs; len(m) != 1 || m[0].Inside != 0 || m[0].Outside != c.owner || by.UserNS == 0 {
+						t.Errorf("the writer's ids: %+v", by)
 					}
 				}
 			}
@@ -102,7 +103,7 @@ func TestNamespacesApart(t *testing.T) {
 	if own.rules() != "" || own.HashName() != "sha256" {
 		t.Errorf("the test's own namespace has %q, %s", own.rules(), own.HashName())
 	}
-	if n := len(w.views.spaces); n < 2 || n > children+1 {
+	if n := len(w.views.all()); n < 2 || n > children+1 {
 		t.Errorf("%d namespaces", n)
 	}
 }
@@ -113,11 +114,11 @@ func TestOpenDecidesByCaller(t *testing.T) {
 	fill(t, own.list, 0, 1)
 	folder := mustOpen(t, w.path(""), unix.O_PATH)
 	list := mustOpen(t, w.path("runtime_measurements_count"), unix.O_RDONLY)
-	w.views.before = func(v *fakeView) {
+	w.views.onNew(func(v *fakeView) {
 		if err := v.Activate(t.Context()); err != nil {
 			t.Error(err)
 		}
-	}
+	})
 	w.want(`cat <&4; cat /proc/self/fd/3/runtime_measurements_count; cat /dev/fd/4`, "2\n1\n1\n", newNS, func(cmd *exec.Cmd) {
 		for _, fd := range []int{folder, list} {
 			twin, err := unix.Dup(fd)

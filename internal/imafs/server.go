@@ -23,6 +23,7 @@ const fsName = "imafs"
 type Server struct {
 	dir  string
 	fuse *fuse.Server
+	fs   *fileSystem
 	log  *zap.Logger
 }
 
@@ -34,6 +35,7 @@ type fileSystem struct {
 	started            time.Time
 	open               *openFiles
 	sizes              *sizes
+	stopping           chan struct{} // closed when Run ends
 }
 
 // Mount mounts the window at a folder, which it makes if it has to. What an agent that was killed left mounted there is taken
@@ -51,13 +53,13 @@ func Mount(dir string, views Views, log *zap.Logger) (*Server, error) {
 	}
 	s := &fileSystem{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(), views: views, log: log, started: time.Now(), open: newOpenFiles(),
-		sizes: newSizes(),
+		sizes: newSizes(), stopping: make(chan struct{}),
 	}
 	server, err := newServer(s, dir)
 	if err != nil {
 		return nil, fmt.Errorf("mount the window at %s: %w", dir, err)
 	}
-	return &Server{dir, server, log}, nil
+	return &Server{dir, server, s, log}, nil
 }
 
 // newServer mounts. go-fuse opens /dev/fuse without O_CLOEXEC: a child that inherits it would keep the mount alive, and whoever
@@ -102,6 +104,7 @@ func (s *Server) Run(ctx context.Context) error {
 		return fmt.Errorf("the window at %s was unmounted; restart the agent", s.dir)
 	case <-ctx.Done():
 	}
+	close(s.fs.stopping)
 	// Forced, which ends the connection: mounts of it elsewhere would keep it.
 	err := unix.Unmount(s.dir, unix.MNT_FORCE|unix.MNT_DETACH)
 	if err != nil {

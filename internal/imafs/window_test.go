@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -70,6 +72,20 @@ func (f *fakeViews) View(_ context.Context, ns event.MountNS) (View, error) {
 		f.spaces[ns.Inum] = v
 	}
 	return v, nil
+}
+
+// onNew sets what is done with each new namespace.
+func (f *fakeViews) onNew(do func(*fakeView)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.before = do
+}
+
+// all returns the namespaces that asked so far.
+func (f *fakeViews) all() []*fakeView {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Collect(maps.Values(f.spaces))
 }
 
 // rulesMax is what the fake's namespaces can hold.
@@ -165,8 +181,11 @@ func (v *fakeView) CheckPolicy(_ *Caller, text []byte) error {
 }
 
 func (v *fakeView) AppendPolicy(_ context.Context, c *Caller, text []byte) error {
-	if v.apply != nil {
-		v.apply()
+	unlock := v.lock()
+	apply := v.apply
+	unlock()
+	if apply != nil {
+		apply()
 	}
 	defer v.lock()()
 	p, err := policy.Parse("written", text)
@@ -180,6 +199,9 @@ func (v *fakeView) AppendPolicy(_ context.Context, c *Caller, text []byte) error
 	v.policy = policy.Append(v.policy, p)
 	return nil
 }
+
+// set changes the view.
+func (v *fakeView) set(change func()) { defer v.lock()(); change() }
 
 // rules returns the policy in force.
 func (v *fakeView) rules() string { return v.PolicyText(nil) }
@@ -201,9 +223,10 @@ func writeAs() {
 	if err == nil {
 		n, err = unix.Write(fd, []byte(os.Getenv("IMAFS_TEST_WRITE")))
 	}
-	if errors.As(err, &no); err == nil {
+	if err == nil {
 		err = unix.Close(fd)
 	}
+	errors.As(err, &no)
 	fmt.Println(n, int(no))
 }
 
