@@ -64,7 +64,7 @@ func TestListTools(t *testing.T) {
 	fill(t, v.list, 0, 500)
 	w.want(`cd $W/ima; grep -c program ascii_runtime_measurements; wc -l < ascii_runtime_measurements_sha256
 		dd if=binary_runtime_measurements bs=1 count=4 2>/dev/null | od -An -tu4 | tr -d ' '; busybox tail -n1 ascii_runtime_measurements | cut -d' ' -f5
-		cp ascii_runtime_measurements /dev/stdout | wc -l; tail -n2 ascii_runtime_measurements | wc -l; [ -r policy ] && [ -w policy ] && echo may
+		cp ascii_runtime_measurements /proc/self/fd/1 | wc -l; tail -n2 ascii_runtime_measurements | wc -l; [ -r policy ] && [ -w policy ] && echo may
 		cmp ascii_runtime_measurements ascii_runtime_measurements_sha1 && ! cmp -s ascii_runtime_measurements ascii_runtime_measurements_sha256 && echo banks`,
 		"500\n501\n10\n/usr/bin/program-499\n501\n2\nmay\nbanks\n")
 	evmctl, err := exec.LookPath("evmctl")

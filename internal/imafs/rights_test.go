@@ -119,7 +119,7 @@ func TestOpenDecidesByCaller(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	w.want(`cat <&4; cat /proc/self/fd/3/runtime_measurements_count; cat /dev/fd/4`, "2\n1\n1\n", newNS, func(cmd *exec.Cmd) {
+	w.want(`cat <&4; cat /proc/self/fd/3/runtime_measurements_count; cat /proc/self/fd/4`, "2\n1\n1\n", newNS, func(cmd *exec.Cmd) {
 		for _, fd := range []int{folder, list} {
 			twin, err := unix.Dup(fd)
 			if err != nil {
