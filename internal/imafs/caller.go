@@ -1,0 +1,189 @@
+package imafs
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/event"
+)
+
+// Capabilities. Source: include/uapi/linux/capability.h.
+const (
+	capDACOverride   = 1
+	capDACReadSearch = 2
+	capSysAdmin      = 21
+	capMACAdmin      = 33
+)
+
+// What a caller wants of a file, as mode bits.
+const (
+	wantRead  = 4
+	wantWrite = 2
+	wantExec  = 1
+)
+
+// task is a caller with what decides its rights. The task waits for the answer meanwhile, so its number stays its own.
+type task struct {
+	Caller
+	groups []uint32
+	caps   uint64 // effective, in its own user namespace
+}
+
+// callerNS returns the inode number of the caller's mount namespace. EACCES: the task is none that the agent can see.
+func callerNS(tid uint32) (uint32, error) { return namespaceOf(tid, "mnt") }
+
+func namespaceOf(tid uint32, kind string) (uint32, error) {
+	link, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", tid, kind))
+	if tid == 0 || err != nil {
+		return 0, unix.EACCES
+	}
+	_, number, _ := strings.Cut(strings.TrimSuffix(link, "]"), "[")
+	n, err := strconv.ParseUint(number, 10, 32)
+	if err != nil {
+		return 0, fmt.Errorf("read the %s namespace of task %d: %w", kind, tid, err)
+	}
+	return uint32(n), nil
+}
+
+// callerMountNS returns the caller's mount namespace, with its unique id where the kernel tells.
+func callerMountNS(tid uint32) (event.MountNS, error) {
+	inum, err := callerNS(tid)
+	if err != nil {
+		return event.MountNS{}, err
+	}
+	fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/mnt", tid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return event.MountNS{}, unix.EACCES
+	}
+	defer unix.Close(fd)
+	return event.MountNS{Inum: inum, ID: mountNSID(fd)}, nil
+}
+
+// newTask reads what there is to know of the task that made a request.
+func newTask(c fuse.Caller) (*task, error) {
+	ns, err := callerMountNS(c.Pid)
+	if err != nil {
+		return nil, err
+	}
+	userNS, err := namespaceOf(c.Pid, "user")
+	if err != nil {
+		return nil, err
+	}
+	t := &task{Caller: Caller{TID: c.Pid, NS: ns, UID: c.Uid, GID: c.Gid, UserNS: userNS}}
+	if t.UIDs, err = readIDMap(c.Pid, "uid_map"); err != nil {
+		return nil, err
+	}
+	if t.GIDs, err = readIDMap(c.Pid, "gid_map"); err != nil {
+		return nil, err
+	}
+	return t, t.readStatus()
+}
+
+func (t *task) readStatus() error {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", t.TID))
+	if err != nil {
+		return unix.EACCES
+	}
+	for line := range strings.Lines(string(b)) {
+		name, value, _ := strings.Cut(line, ":")
+		value = strings.TrimSpace(value)
+		switch name {
+		case "Tgid":
+			_, err = fmt.Sscan(value, &t.TGID)
+		case "CapEff":
+			t.caps, err = strconv.ParseUint(value, 16, 64)
+		case "Groups":
+			for _, word := range strings.Fields(value) {
+				var gid uint64
+				gid, err = strconv.ParseUint(word, 10, 32)
+				t.groups = append(t.groups, uint32(gid))
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("read status of task %d: %s: %w", t.TID, name, err)
+		}
+	}
+	return nil
+}
+
+// readIDMap reads a uid_map or gid_map. Its outer ids are the host's, since the agent reads it.
+func readIDMap(tid uint32, name string) ([]IDRange, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", tid, name))
+	if err != nil {
+		return nil, unix.EACCES
+	}
+	var ranges []IDRange
+	for line := range strings.Lines(string(b)) {
+		var r IDRange
+		if _, err := fmt.Sscan(line, &r.Inside, &r.Outside, &r.Count); err != nil {
+			return nil, fmt.Errorf("read %s of task %d: %w", name, tid, err)
+		}
+		ranges = append(ranges, r)
+	}
+	return ranges, nil
+}
+
+func mapped(ranges []IDRange, outside uint32) bool {
+	return slices.ContainsFunc(ranges, func(r IDRange) bool {
+		return outside >= r.Outside && outside-r.Outside < r.Count
+	})
+}
+
+func (t *task) has(capability int) bool { return t.caps&(1<<capability) != 0 }
+
+// may checks a mode as the kernel does: owner, group, others, then the capabilities over inodes whose ids the caller's user
+// namespace maps. Source: fs/namei.c, generic_permission; kernel/capability.c, capable_wrt_inode_uidgid.
+func (t *task) may(o Owner, mode, want uint32) error {
+	all := mode
+	switch {
+	case t.UID == o.UID:
+		mode >>= 6
+	case t.GID == o.GID || slices.Contains(t.groups, o.GID):
+		mode >>= 3
+	}
+	if mode&want == want {
+		return nil
+	}
+	if want&wantExec != 0 && all&0o111 == 0 {
+		return unix.EACCES
+	}
+	if mapped(t.UIDs, o.UID) && mapped(t.GIDs, o.GID) &&
+		(t.has(capDACOverride) || want == wantRead && t.has(capDACReadSearch)) {
+		return nil
+	}
+	return unix.EACCES
+}
+
+// administers reports whether the caller has CAP_SYS_ADMIN or CAP_MAC_ADMIN over the user namespace that owns its mount
+// namespace: it has it where it is, and is there or further out.
+func (t *task) administers() bool {
+	if !t.has(capSysAdmin) && !t.has(capMACAdmin) {
+		return false
+	}
+	mnt, err := unix.Open(fmt.Sprintf("/proc/%d/ns/mnt", t.TID), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(mnt)
+	user, err := unix.IoctlRetInt(mnt, unix.NS_GET_USERNS)
+	for err == nil {
+		var st unix.Stat_t
+		if err = unix.Fstat(user, &st); err == nil && uint32(st.Ino) == t.UserNS {
+			unix.Close(user)
+			return true
+		}
+		outer := -1
+		if err == nil {
+			outer, err = unix.IoctlRetInt(user, unix.NS_GET_PARENT)
+		}
+		unix.Close(user)
+		user = outer
+	}
+	return false
+}

@@ -1,0 +1,65 @@
+package imafs
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// heldOpen reports whether a process of that mount namespace has the file of that inode number open for writing. It asks no file
+// system but proc: what others run could let it wait for ever.
+func heldOpen(inum uint32, ino uint64) bool {
+	proc, err := os.Open("/proc")
+	if err != nil {
+		return false
+	}
+	defer proc.Close()
+	names, err := proc.Readdirnames(-1)
+	if err != nil {
+		return false
+	}
+	for _, name := range names {
+		pid, err := strconv.ParseUint(name, 10, 32)
+		if err != nil {
+			continue
+		}
+		if n, err := callerNS(uint32(pid)); err == nil && n == inum && holds(pid, ino) {
+			return true
+		}
+	}
+	return false
+}
+
+func holds(pid, ino uint64) bool {
+	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		return false
+	}
+	for _, fd := range fds {
+		path, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", pid, fd.Name()))
+		if err != nil || !strings.HasPrefix(path, "/") || strings.HasPrefix(path, "/dev/") {
+			continue // a socket, a pipe, a device: most are
+		}
+		info, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%s", pid, fd.Name()))
+		if err != nil {
+			continue
+		}
+		var flags, inode uint64
+		for line := range strings.Lines(string(info)) {
+			name, value, _ := strings.Cut(line, ":")
+			switch value = strings.TrimSpace(value); name {
+			case "flags":
+				flags, _ = strconv.ParseUint(value, 8, 64)
+			case "ino":
+				inode, _ = strconv.ParseUint(value, 10, 64)
+			}
+		}
+		if inode == ino && flags&unix.O_ACCMODE == unix.O_WRONLY && flags&unix.O_PATH == 0 {
+			return true
+		}
+	}
+	return false
+}
