@@ -46,6 +46,19 @@ func newNS() *cobra.Command {
 		newNSWindow(&runDir, &asJSON),
 		&cobra.Command{Use: "list", Short: "all namespaces, parents first", Args: exactly(0), RunE: list},
 		&cobra.Command{
+			Use: "activate ID", Short: "make one an IMA namespace of its own, with an empty policy", Args: exactly(1),
+			RunE: func(cmd *cobra.Command, args []string) error {
+				n, err := client(runDir).Activate(cmd.Context(), args[0])
+				if err != nil {
+					return err
+				}
+				if asJSON {
+					return printJSON(cmd, n)
+				}
+				return printNamespace(cmd, n)
+			},
+		},
+		&cobra.Command{
 			Use: "show ID", Short: "one namespace", Args: exactly(1),
 			RunE: func(cmd *cobra.Command, args []string) error {
 				n, err := client(runDir).Namespace(cmd.Context(), args[0])

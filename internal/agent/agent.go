@@ -23,6 +23,7 @@ import (
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/feature"
 	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/imafs"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/loader"
 	"imans.dev/imans-agent/internal/measure"
@@ -45,6 +46,8 @@ type Config struct {
 	Digest   string // "auto", "kernel" or "agent"
 	Template string
 	Hash     string // of files, as IMA's ima_hash
+	Mode     string // how namespaces become active: one of namespace.Modes
+	MaxRules int    // that a namespace may have
 	RingSize uint32 // bytes
 }
 
@@ -117,14 +120,23 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	if err := p.catchUp(ctx); err != nil {
 		return err
 	}
-	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), tree, p.barrier, filepath.Join(c.RunDir, windowName), log)
+	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), tree, p.do, filepath.Join(c.RunDir, windowName), log)
 	if err != nil {
 		return err
+	}
+	windowDir := filepath.Join(c.RunDir, windowName)
+	window, err := imafs.Mount(windowDir, &views{tree, p}, log.Named("window"))
+	if err != nil {
+		log.Warn("containers have no window on their IMA; load the kernel module fuse (modprobe fuse) and restart", zap.Error(err))
 	}
 	log.Info("measuring", zap.Int("namespaces", len(tree.List())), zap.String("socket", server.Path()))
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return p.run(ctx) })
 	group.Go(func() error { return p.watch(ctx) })
+	if window != nil {
+		group.Go(func() error { return window.Run(ctx) })
+		group.Go(func() error { return reattach(ctx, windowDir, log) })
+	}
 	group.Go(func() error { return server.Run(ctx) })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
@@ -156,11 +168,17 @@ func prepare(c Config, log *zap.Logger) (namespace.Config, error) {
 	if err := imalog.CheckDigest(c.Template, algo); err != nil {
 		return none, usage("--template %s with --hash %s: %w", c.Template, c.Hash, err)
 	}
+	if !slices.Contains(namespace.Modes(), namespace.Mode(c.Mode)) {
+		return none, usage("--namespaces %s: want one of %v", c.Mode, namespace.Modes())
+	}
+	if c.MaxRules < 1 {
+		return none, usage("--max-rules %d: want at least 1", c.MaxRules)
+	}
 	if c.PCR < 0 || c.PCR > 23 {
 		return none, usage("--pcr %d: want 0 to 23", c.PCR)
 	}
 	t := namespace.Config{
-		RunDir: c.RunDir, NativePolicy: native, NSPolicy: ns, Mode: namespace.All, MaxRules: 1024, NativePCR: c.PCR, Template: c.Template, Algo: algo, Log: log,
+		RunDir: c.RunDir, NativePolicy: native, NSPolicy: ns, Mode: namespace.Mode(c.Mode), MaxRules: c.MaxRules, NativePCR: c.PCR, Template: c.Template, Algo: algo, Log: log,
 	}
 	switch c.NSTPM {
 	case "swtpm":

@@ -29,14 +29,14 @@ type pump struct {
 	kernel   *loader.Kernel
 	tree     *namespace.Tree
 	log      *zap.Logger
-	barriers chan chan error
+	requests chan request
 	sleep    chan struct{} // from run to watch: nothing comes
 	woken    chan struct{} // from watch to run: something has come
 	lost     bool          // among the records lost may be deaths
 }
 
 func newPump(k *loader.Kernel, t *namespace.Tree, log *zap.Logger) *pump {
-	return &pump{kernel: k, tree: t, log: log, barriers: make(chan chan error), sleep: make(chan struct{}), woken: make(chan struct{})}
+	return &pump{kernel: k, tree: t, log: log, requests: make(chan request), sleep: make(chan struct{}), woken: make(chan struct{})}
 }
 
 // catchUp handles what was recorded while no agent ran, then ends what ended meanwhile.
@@ -83,9 +83,12 @@ func (p *pump) run(ctx context.Context) error {
 			err = p.losses(ctx)
 		case <-kernelIMA.C:
 			err = p.watchKernelIMA()
-		case reply := <-p.barriers:
-			err = p.drain(ctx)
-			reply <- err
+		case r := <-p.requests:
+			if err = p.drain(ctx); err != nil {
+				r.reply <- err
+			} else {
+				r.reply <- r.change(r.ctx)
+			}
 		}
 		if err != nil {
 			if ctx.Err() != nil {
@@ -141,9 +144,22 @@ func (p *pump) losses(ctx context.Context) error {
 
 // barrier returns when everything that the kernel side recorded before the call is in the lists.
 func (p *pump) barrier(ctx context.Context) error {
+	return p.do(ctx, func(context.Context) error { return nil })
+}
+
+// request is a change of the tree on its way to run.
+type request struct {
+	ctx    context.Context
+	change func(context.Context) error
+	reply  chan error
+}
+
+// do changes the tree in the goroutine of run, after all that the kernel side recorded before the call. Whether a change is made
+// that ctx did not wait for is open.
+func (p *pump) do(ctx context.Context, change func(context.Context) error) error {
 	reply := make(chan error, 1)
 	select {
-	case p.barriers <- reply:
+	case p.requests <- request{context.WithoutCancel(ctx), change, reply}:
 	case <-ctx.Done():
 		return ctx.Err()
 	}

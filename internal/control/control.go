@@ -9,6 +9,7 @@
 //	GET /v1/namespaces/NAME/policy           its rules, as text
 //	GET /v1/namespaces/NAME/pcrs             its PCR in each bank of its TPM, as the agent reads it now
 //	GET /v1/namespaces/NAME/measurements     its list; ?format=binary|ascii|json, ?bank=sha256, ?follow=true
+//	POST /v1/namespaces/NAME/activate        makes it an IMA namespace of its own
 //	POST /v1/namespaces/NAME/window          mounts its window over /sys/kernel/security in it
 //	DELETE /v1/namespaces/NAME/window        takes that away again
 package control
@@ -40,7 +41,7 @@ const barrierTimeout = 10 * time.Second
 // Server answers requests.
 type Server struct {
 	tree      *namespace.Tree
-	barrier   func(context.Context) error
+	do        func(context.Context, func(context.Context) error) error
 	windowDir string // where the window is mounted in the agent's namespace
 	log       *zap.Logger
 	path      string
@@ -50,9 +51,9 @@ type Server struct {
 	windows sync.Mutex // one change of windows at a time
 }
 
-// Listen makes the socket, mode 0600 in a folder of mode 0700. barrier must return when all that is recorded is in the lists.
+// Listen makes the socket, mode 0600 in a folder of mode 0700. do must change the tree when all that is recorded is in the lists.
 // windowDir is where the agent has the window mounted.
-func Listen(path string, tree *namespace.Tree, barrier func(context.Context) error, windowDir string, log *zap.Logger) (*Server, error) {
+func Listen(path string, tree *namespace.Tree, do func(context.Context, func(context.Context) error) error, windowDir string, log *zap.Logger) (*Server, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, fmt.Errorf("listen: %w; choose another folder with --run-dir", err)
 	}
@@ -67,12 +68,13 @@ func Listen(path string, tree *namespace.Tree, barrier func(context.Context) err
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
 	}
-	s := &Server{tree: tree, barrier: barrier, windowDir: windowDir, log: log, path: path, listener: listener}
+	s := &Server{tree: tree, do: do, windowDir: windowDir, log: log, path: path, listener: listener}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", s.status)
 	mux.HandleFunc("GET /v1/namespaces", s.namespaces)
 	mux.HandleFunc("GET /v1/namespaces/{name}", s.namespace)
 	mux.HandleFunc("GET /v1/namespaces/{name}/policy", s.policy)
+	mux.HandleFunc("POST /v1/namespaces/{name}/activate", s.activate)
 	mux.HandleFunc("GET /v1/namespaces/{name}/pcrs", s.pcrs)
 	mux.HandleFunc("GET /v1/namespaces/{name}/measurements", s.measurements)
 	mux.HandleFunc("POST /v1/namespaces/{name}/window", s.attachWindow)
@@ -135,7 +137,7 @@ func (s *Server) onlyRoot(next http.Handler) http.Handler {
 		}
 		ctx, cancel := context.WithTimeout(r.Context(), barrierTimeout)
 		defer cancel()
-		if err := s.barrier(ctx); err != nil {
+		if err := s.do(ctx, func(context.Context) error { return nil }); err != nil {
 			s.fail(w, http.StatusServiceUnavailable, fmt.Errorf("the lists are behind: %w; try again", err))
 			return
 		}

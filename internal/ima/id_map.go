@@ -40,6 +40,14 @@ func (m IDMap) FromHost(id uint32) uint32 {
 	return NoID
 }
 
+// ShowHost is FromHost for people and programs to read: OverflowID instead of NoID.
+func (m IDMap) ShowHost(id uint32) uint32 {
+	if id = m.FromHost(id); id == NoID {
+		return OverflowID
+	}
+	return id
+}
+
 // IDMaps is how a user namespace numbers users and groups.
 type IDMaps struct{ UIDs, GIDs IDMap }
 

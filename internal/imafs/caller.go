@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
 )
 
 // Capabilities. Source: include/uapi/linux/capability.h.
@@ -113,14 +114,14 @@ func (t *task) readStatus() error {
 }
 
 // readIDMap reads a uid_map or gid_map. Its outer ids are the host's, since the agent reads it.
-func readIDMap(tid uint32, name string) ([]IDRange, error) {
+func readIDMap(tid uint32, name string) (ima.IDMap, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", tid, name))
 	if err != nil {
 		return nil, unix.EACCES
 	}
-	var ranges []IDRange
+	var ranges ima.IDMap
 	for line := range strings.Lines(string(b)) {
-		var r IDRange
+		var r ima.IDRange
 		if _, err := fmt.Sscan(line, &r.Inside, &r.Outside, &r.Count); err != nil {
 			return nil, fmt.Errorf("read %s of task %d: %w", name, tid, err)
 		}
@@ -129,8 +130,8 @@ func readIDMap(tid uint32, name string) ([]IDRange, error) {
 	return ranges, nil
 }
 
-func mapped(ranges []IDRange, outside uint32) bool {
-	return slices.ContainsFunc(ranges, func(r IDRange) bool {
+func mapped(ranges ima.IDMap, outside uint32) bool {
+	return slices.ContainsFunc(ranges, func(r ima.IDRange) bool {
 		return outside >= r.Outside && outside-r.Outside < r.Count
 	})
 }

@@ -16,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fsName is what mount tables show; the type is fuse.imafs.
-const fsName = "imafs"
+// fsName is what mount tables show; the type is fuse.imans.
+const fsName = "imans"
 
 // Server is one mount of the window.
 type Server struct {

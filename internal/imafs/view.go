@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/measure"
 )
 
@@ -56,13 +57,6 @@ type Caller struct {
 	NS        event.MountNS
 	UID, GID  uint32    // the ids for file access
 	UserNS    uint32    // inode number of its user namespace
-	UIDs      []IDRange // of that user namespace
-	GIDs      []IDRange
-}
-
-// IDRange is a line of uid_map or gid_map.
-type IDRange struct {
-	Inside  uint32 // first id in the user namespace
-	Outside uint32 // first id on the host
-	Count   uint32
+	UIDs      ima.IDMap // of that user namespace
+	GIDs      ima.IDMap
 }

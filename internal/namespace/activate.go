@@ -132,9 +132,10 @@ func (t *Tree) AppendPolicy(ctx context.Context, ns event.MountNS, rules *policy
 	if !s.active && t.config.Mode != Lazy {
 		return ErrInactive
 	}
-	rules, err := s.inside(rules, maps)
-	if err != nil {
-		return err
+	// Source: ima_parse_rule, which refuses an id without a kernel id.
+	rules, unmapped := rules.MapIDs(maps.UIDs.ToHost, maps.GIDs.ToHost)
+	if unmapped != nil {
+		return fmt.Errorf("rule %q names an id that its writer's user namespace does not have: %w", unmapped.Text, syscall.EINVAL)
 	}
 	var tooMany error
 	if room := t.config.MaxRules - len(s.rules()); len(rules.Rules()) > room {
@@ -184,16 +185,10 @@ func (s *State) setPolicy(ctx context.Context, p *policy.Policy) error {
 	return t.publish(s)
 }
 
-// inside returns rules with ids as the namespace has them. Source: ima_parse_rule, which refuses an id without a kernel id.
-func (s *State) inside(rules *policy.Policy, maps ima.IDMaps) (*policy.Policy, error) {
-	to := s.idMaps()
-	mapped, unmapped := rules.MapIDs(
-		func(id uint32) uint32 { return to.UIDs.FromHost(maps.UIDs.ToHost(id)) },
-		func(id uint32) uint32 { return to.GIDs.FromHost(maps.GIDs.ToHost(id)) })
-	if unmapped != nil {
-		return nil, fmt.Errorf("rule %q names an id that the namespace does not have: %w", unmapped.Text, syscall.EINVAL)
-	}
-	return mapped, nil
+// nsPolicy returns the policy for new namespaces in a namespace of those ids, whose numbers its rules mean.
+func (c *Config) nsPolicy(ids ima.IDMaps) *policy.Policy {
+	p, _ := c.NSPolicy.MapIDs(ids.UIDs.ToHost, ids.GIDs.ToHost)
+	return p
 }
 
 // idMaps returns how the namespace numbers ids.
@@ -220,7 +215,14 @@ func (t *Tree) IDMaps(m *event.IDMaps) error {
 	t.mu.Lock()
 	s.ids = maps
 	s.idsKnown = len(maps.UIDs) > 0 && len(maps.GIDs) > 0
+	renumbered := s.active && !s.own && t.config.NSPolicy.NamesIDs()
+	if renumbered {
+		s.policy = t.config.nsPolicy(maps)
+	}
 	t.mu.Unlock()
+	if renumbered {
+		return t.publish(s)
+	}
 	return t.tell(s)
 }
 

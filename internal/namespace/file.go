@@ -147,16 +147,14 @@ func (l *look) functions() []ima.Func {
 	return []ima.Func{l.ev.Func}
 }
 
-// query is the event as a level's rules see it, ids as that namespace numbers them.
-func (l *look) query(n *State, f ima.Func) *policy.Query {
-	ev, ids := l.ev, n.idMaps()
-	uid, gid := ids.UIDs.FromHost, ids.GIDs.FromHost
+func (l *look) query(f ima.Func) *policy.Query {
+	ev := l.ev
 	return &policy.Query{
 		Func: f, Mask: ima.MayExec,
 		FSMagic: ev.SeenFS.Magic, FSName: ev.SeenFS.Name, FSUUID: ev.SeenFS.UUID,
-		UID: uid(ev.Subject.UID), EUID: uid(ev.Subject.EUID), SUID: uid(ev.Subject.SUID),
-		GID: gid(ev.Subject.GID), EGID: gid(ev.Subject.EGID), SGID: gid(ev.Subject.SGID),
-		FOwner: uid(ev.FOwner), FGroup: gid(ev.FGroup),
+		UID: ev.Subject.UID, EUID: ev.Subject.EUID, SUID: ev.Subject.SUID,
+		GID: ev.Subject.GID, EGID: ev.Subject.EGID, SGID: ev.Subject.SGID,
+		FOwner: ev.FOwner, FGroup: ev.FGroup,
 		CapSetUID: ev.Flags&event.SetUIDCap != 0, CapSetGID: ev.Flags&event.SetGIDCap != 0,
 	}
 }
@@ -164,7 +162,7 @@ func (l *look) query(n *State, f ima.Func) *policy.Query {
 // measure does what one level's policy says. n is the level, s the event's own namespace.
 func (l *look) measure(n, s *State) error {
 	for _, f := range l.functions() {
-		d := n.policy.Match(l.query(n, f))
+		d := n.policy.Match(l.query(f))
 		if d.Actions&(ima.Measure|ima.Audit) == 0 {
 			continue
 		}

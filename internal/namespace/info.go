@@ -105,12 +105,32 @@ func (t *Tree) Find(name string) (View, error) {
 		}
 		return View{}, e
 	}
-	s := found[0]
+	return found[0].view(), nil
+}
+
+// view is called with the tree locked.
+func (s *State) view() View {
 	depth := 0
 	for n := s.parent; n != nil; n = n.parent {
 		depth++
 	}
-	return View{Info: s.info(depth), Policy: s.policy, List: s.list, Gone: s.gone}, nil
+	return View{Info: s.info(depth), Policy: s.policy, List: s.list, Gone: s.gone}
+}
+
+// Lookup returns a namespace by its inode number and id; by the number alone, if the id is 0, the youngest. ErrEnded: there is none.
+func (t *Tree) Lookup(ns event.MountNS) (View, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var found *State
+	for _, s := range t.states {
+		if s.ns.Inum == ns.Inum && (s.ns.ID == ns.ID || ns.ID == 0 && (found == nil || s.ns.ID > found.ns.ID)) {
+			found = s
+		}
+	}
+	if found == nil {
+		return View{}, ErrEnded
+	}
+	return found.view(), nil
 }
 
 // Counters is what the tree has counted since the agent began.

@@ -41,7 +41,7 @@ type State struct {
 	idsKnown   bool       // they will not change any more
 	parent     *State     // nil: the native namespace
 	children   []*State
-	policy     *policy.Policy // swapped whole
+	policy     *policy.Policy // swapped whole; its ids are the host's
 	generation uint64         // of the chain's policies
 	list       *measure.List  // nil until the first entry
 	swtpm      *vtpm.Instance // nil: none yet, or lost
@@ -67,7 +67,7 @@ type stateFile struct {
 	ParentID   uint64 `json:"parent_id"`
 	Template   string `json:"template"`
 	Hash       string `json:"hash"`
-	// What was written to it, with ids as the namespace has them; none: it has the policy for new namespaces.
+	// What was written to it, with ids as the host has them; none: it has the policy for new namespaces.
 	Policy *string `json:"policy,omitempty"`
 }
 
@@ -101,7 +101,10 @@ func leftStates(dir string) (map[event.MountNS]stateFile, error) {
 // restore makes a namespace what an earlier agent recorded.
 func (s *State) restore(f stateFile) error {
 	algo, ok := ima.HashAlgoByName(f.Hash)
-	p, err := s.tree.config.NSPolicy, error(nil)
+	p, err := s.policy, error(nil)
+	if !s.active {
+		p = s.tree.config.nsPolicy(s.ids)
+	}
 	if f.Policy != nil {
 		p, err = policy.Parse(stateFileName, []byte(*f.Policy))
 	}

@@ -248,7 +248,7 @@ func (t *Tree) add(ns event.MountNS, parent *State, origin string) *State {
 		template: t.config.Template, algo: t.config.Algo, ids: parent.idMaps(), gone: make(chan struct{}),
 	}
 	if t.config.Mode == All {
-		s.active, s.policy = true, t.config.NSPolicy
+		s.active, s.policy = true, t.config.nsPolicy(s.ids)
 	}
 	t.mu.Lock()
 	t.states[ns.ID] = s
@@ -265,7 +265,7 @@ func (t *Tree) Birth(b *event.Birth) error {
 	parent := t.lookup(b.Parent)
 	s := t.add(b.NS, parent, originBorn)
 	if parent.requested(b) && !s.active {
-		s.active, s.policy = true, t.config.NSPolicy
+		s.active, s.policy = true, t.config.nsPolicy(s.ids)
 	}
 	s.leader = event.Process{TGID: b.Creator}
 	t.log.Debug("namespace born", zap.Stringer("ns", b.NS), zap.Stringer("parent", s.parent.ns))

@@ -3,7 +3,7 @@ package policy
 import "imans.dev/imans-agent/internal/ima"
 
 // MapIDs returns the policy with its rules' ids as another user namespace has them: users and groups say what an id is there,
-// ima.NoID if nothing. Such an id becomes ima.OverflowID, and the first rule that has one is returned too, else nil.
+// ima.NoID if nothing. The first rule that has such an id is returned too, else nil. No id equals it, and each is less.
 func (p *Policy) MapIDs(users, groups func(uint32) uint32) (*Policy, *Rule) {
 	var unmapped *Rule
 	rules := make([]*Rule, len(p.rules))
@@ -20,11 +20,8 @@ func (p *Policy) MapIDs(users, groups func(uint32) uint32) (*Policy, *Rule) {
 			if !r.has(c.flags) {
 				continue
 			}
-			if c.condition.id = c.to(c.condition.id); c.condition.id == ima.NoID {
-				c.condition.id = ima.OverflowID
-				if unmapped == nil {
-					unmapped = r
-				}
+			if c.condition.id = c.to(c.condition.id); c.condition.id == ima.NoID && unmapped == nil {
+				unmapped = r
 			}
 		}
 		rules[i] = &mapped

@@ -13,7 +13,7 @@ func TestMapIDs(t *testing.T) {
 	}
 	m := ima.IDMaps{UIDs: ima.IDMap{{Outside: 1000, Count: 5}}, GIDs: ima.IDMap{{Inside: 5, Outside: 50, Count: 5}}}
 	mapped, unmapped := p.MapIDs(m.UIDs.ToHost, m.GIDs.ToHost)
-	want := "measure func=BPRM_CHECK uid=1000 \nmeasure func=MMAP_CHECK gid<52 fowner>1000 fgroup=54 \ndont_measure uid=65534 \n"
+	want := "measure func=BPRM_CHECK uid=1000 \nmeasure func=MMAP_CHECK gid<52 fowner>1000 fgroup=54 \ndont_measure uid=4294967295 \n"
 	if mapped.String() != want {
 		t.Errorf("mapped:\n%swant:\n%s", mapped, want)
 	}

@@ -1,0 +1,156 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+
+	"go.uber.org/zap"
+
+	"imans.dev/imans-agent/internal/container"
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/imafs"
+	"imans.dev/imans-agent/internal/measure"
+	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/policy"
+)
+
+// windowTimeout bounds what a writer of the window waits for.
+const windowTimeout = 10 * time.Second
+
+// views is the tree as the window shows it.
+type views struct {
+	tree *namespace.Tree
+	pump *pump
+}
+
+// View implements imafs.Views.
+func (v *views) View(ctx context.Context, ns event.MountNS) (imafs.View, error) {
+	found, err := v.tree.Lookup(ns)
+	if err != nil {
+		// Its birth may be on the way.
+		if err := v.pump.barrier(ctx); err != nil {
+			return nil, err
+		}
+		if found, err = v.tree.Lookup(ns); err != nil {
+			return nil, imafs.ErrEnded
+		}
+	}
+	return &view{views: v, ns: found.Info.NS, gone: found.Gone}, nil
+}
+
+// view implements imafs.View.
+type view struct {
+	*views
+	ns   event.MountNS
+	gone <-chan struct{}
+}
+
+// now returns what there is to see; of a namespace that has ended nothing.
+func (v *view) now() namespace.View {
+	found, err := v.tree.Lookup(v.ns)
+	if err != nil {
+		return namespace.View{Policy: &policy.Policy{}}
+	}
+	return found
+}
+
+// do changes the tree in the goroutine that handles records, after all that is recorded.
+func (v *view) do(ctx context.Context, change func(context.Context) error) error {
+	err := v.pump.do(ctx, change)
+	if errors.Is(err, namespace.ErrEnded) {
+		return imafs.ErrEnded
+	}
+	return err
+}
+
+// Ended implements imafs.View, as do all methods from here on.
+func (v *view) Ended() <-chan struct{} { return v.gone }
+
+func (v *view) Owner() imafs.Owner {
+	ids := v.now().Info.IDs
+	return imafs.Owner{UID: ids.UIDs.ToHost(0), GID: ids.GIDs.ToHost(0)}
+}
+
+func (v *view) Active() bool { return v.now().Info.Active }
+
+func (v *view) Activate(ctx context.Context) error {
+	return v.do(ctx, func(ctx context.Context) error { return v.tree.Activate(ctx, v.ns) })
+}
+
+func (v *view) HashName() string     { return v.now().Info.Algo.String() }
+func (v *view) TemplateName() string { return v.now().Info.Template }
+
+func (v *view) SetHash(name string) error {
+	return v.do(context.Background(), func(context.Context) error { return v.tree.SetHash(v.ns, name) })
+}
+
+func (v *view) SetTemplate(name string) error {
+	return v.do(context.Background(), func(context.Context) error { return v.tree.SetTemplate(v.ns, name) })
+}
+
+func (v *view) RequestNew(ctx context.Context, c *imafs.Caller) error {
+	return v.do(ctx, func(context.Context) error { return v.tree.RequestNew(v.ns, c.TGID) })
+}
+
+// Barrier also begins the list of a namespace that is active and has none yet.
+func (v *view) Barrier(ctx context.Context) error {
+	if now := v.now(); now.Info.Active && now.List == nil {
+		return v.do(ctx, func(ctx context.Context) error { return v.tree.Activate(ctx, v.ns) })
+	}
+	return v.pump.barrier(ctx)
+}
+
+func (v *view) List() *measure.List { return v.now().List }
+
+func (v *view) PolicyText(c *imafs.Caller) string {
+	now := v.now()
+	p, _ := now.Policy.MapIDs(c.UIDs.ShowHost, c.GIDs.ShowHost)
+	return p.String()
+}
+
+func (v *view) CheckPolicy(_ *imafs.Caller, text []byte) error {
+	_, err := parseRules(text)
+	return err
+}
+
+func (v *view) AppendPolicy(ctx context.Context, c *imafs.Caller, text []byte) error {
+	p, err := parseRules(text)
+	if err != nil {
+		return err
+	}
+	maps := ima.IDMaps{UIDs: c.UIDs, GIDs: c.GIDs}
+	return v.do(ctx, func(ctx context.Context) error { return v.tree.AppendPolicy(ctx, v.ns, p, maps) })
+}
+
+// parseRules reads rules that a namespace is given.
+func parseRules(text []byte) (*policy.Policy, error) {
+	const name = "policy"
+	p, err := policy.Parse(name, text)
+	if err == nil {
+		err = p.CheckWired(name, wired)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, syscall.EINVAL)
+	}
+	return p, nil
+}
+
+// reattach brings the windows of running containers back to life.
+func reattach(ctx context.Context, dir string, log *zap.Logger) error {
+	targets, err := container.Processes()
+	if err != nil {
+		return fmt.Errorf("look for containers with a window: %w", err)
+	}
+	n, err := container.Reattach(ctx, dir, targets)
+	if err != nil {
+		log.Warn("some windows are not alive again; imans-agent ns window ID tries once more", zap.Error(err))
+	}
+	if n > 0 {
+		log.Info("windows of running containers are alive again", zap.Int("windows", n))
+	}
+	return nil
+}
