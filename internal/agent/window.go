@@ -77,6 +77,8 @@ func (v *view) Owner() imafs.Owner {
 
 func (v *view) Active() bool { return v.now().Info.Active }
 
+func (v *view) Lazy() bool { return v.tree.Lazy() }
+
 func (v *view) Activate(ctx context.Context) error {
 	return v.do(ctx, func(ctx context.Context) error { return v.tree.Activate(ctx, v.ns) })
 }

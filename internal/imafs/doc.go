@@ -25,15 +25,15 @@
 //	{ascii,binary}_runtime_measurements{,_sha1,_sha256,_sha384,_sha512}  0440
 //	runtime_measurements_count, violations                               0440
 //
-// The owner is root of the namespace's user namespace. The size of a list is what there is to read, so that tail -f sees it grow;
-// securityfs says 0, as here for the other files. There are no inotify events, which securityfs has not either, and poll says
+// The owner is root of the namespace's user namespace. The size of a file is what there is to read, so that tail -f sees a list grow
+// (a look-up of one is a barrier too, and opening files with O_CREAT in the folder waits for it), and sendfile(2), by which some tools copy, works; securityfs says 0. There are no inotify events, which securityfs has not either, and poll says
 // always ready.
 //
 // # Errors
 //
 // They are those of the kernel's files (security/integrity/ima/ima_fs.c) and of the proposed patches for IMA namespaces:
 //
-//	EACCES  before activation, all but active, hash, template_name and newns; a mode that forbids it; to open policy for reading
+//	EACCES  before activation, all but active, hash, template_name and newns (and writing policy where that activates); a mode that forbids it; to open policy for reading
 //	        and writing; to write without CAP_SYS_ADMIN (or CAP_MAC_ADMIN) in the user namespace that owns the mount namespace,
 //	        and without being its root or having CAP_DAC_OVERRIDE there; newns for reading; to make files
 //	EPERM   to read policy without that capability; to change owners and modes, to remove or rename

@@ -96,6 +96,9 @@ func (s *fileSystem) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name strin
 		ctx, stop := s.request(h, cancel)
 		defer stop()
 		err = s.attr(ctx, h, node, &out.Attr)
+		if _, f, ok := fileOf(node); err == nil && ok && f != nil {
+			out.Size, err = s.size(ctx, h, node) // sendfile(2) stops there, and asks no more
+		}
 	}
 	out.NodeId = node
 	return s.status(err)

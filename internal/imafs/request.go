@@ -30,7 +30,21 @@ func (s *fileSystem) size(ctx context.Context, h *fuse.InHeader, node uint64) (u
 	if err != nil {
 		return 0, err
 	}
-	return uint64(s.sizes.of(ctx, view, f)), nil
+	if !f.kind.early() && !view.Active() {
+		return 0, nil
+	}
+	if f.kind == kindASCII || f.kind == kindBinary {
+		if err := barrier(ctx, view); err != nil {
+			return 0, err
+		}
+		return uint64(s.sizes.of(ctx, view, f)), nil
+	}
+	t, err := newTask(h.Caller)
+	if err != nil || f.kind == kindNewNS {
+		return 0, err
+	}
+	text, err := content(f.kind, t, view)(ctx)
+	return uint64(len(text)), err
 }
 
 // GetAttr implements fuse.RawFileSystem.
@@ -138,7 +152,7 @@ func allow(t *task, view View, f *file, mode uint32) error {
 		return err
 	}
 	switch {
-	case !f.kind.early() && !view.Active():
+	case !f.kind.early() && !view.Active() && !(f.kind == kindPolicy && want == wantWrite && view.Lazy()):
 		return unix.EACCES
 	case f.kind == kindNewNS && want != wantWrite, f.kind == kindPolicy && want == wantRead|wantWrite:
 		return unix.EACCES

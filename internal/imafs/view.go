@@ -28,6 +28,8 @@ type View interface {
 	Ended() <-chan struct{}
 	Owner() Owner
 	Active() bool
+	// Lazy says that writing a policy makes an inactive namespace active.
+	Lazy() bool
 	// Activate makes the namespace active. It is done when it returns. It may be called again.
 	Activate(ctx context.Context) error
 	HashName() string

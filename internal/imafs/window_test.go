@@ -115,6 +115,8 @@ func (v *fakeView) Owner() Owner { defer v.lock()(); return v.owner }
 
 func (v *fakeView) Active() bool { return v.List() != nil }
 
+func (v *fakeView) Lazy() bool { return false }
+
 func (v *fakeView) lock() func() { v.mu.Lock(); return v.mu.Unlock }
 
 func (v *fakeView) Activate(ctx context.Context) error {

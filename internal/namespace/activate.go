@@ -56,6 +56,9 @@ func (t *Tree) Activate(ctx context.Context, ns event.MountNS) error {
 	return s.begin(ctx)
 }
 
+// Lazy reports whether a policy written to a namespace that is not active makes it so.
+func (t *Tree) Lazy() bool { return t.config.Mode == Lazy }
+
 // begin makes sure that an active namespace has its list.
 func (s *State) begin(ctx context.Context) error {
 	if s.ended {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -225,11 +226,29 @@ func TestWindowChangedFromOutside(t *testing.T) {
 	}
 }
 
-// evmctl accepts a container's list with the values of its own TPM, inside the container.
+// evmctl accepts a container's list with the values of its own TPM, inside the container. It is measured itself, and so is the way
+// in: it waits inside until the values are there.
 func TestWindowEvmctl(t *testing.T) {
 	a := startAgent(t, "--namespaces", "lazy")
 	b := startRunc(t, a.windowDir())
-	b.sh("echo 1 >/sys/kernel/security/ima/active; echo 'measure func=BPRM_CHECK' >/sys/kernel/security/ima/policy; ls >/dev/null")
+	b.sh("echo 1 >/sys/kernel/security/ima/active; echo 'measure func=BPRM_CHECK' >/sys/kernel/security/ima/policy")
+	type result struct {
+		out string
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		out, err := b.run(`evmctl --version; sleep 0.1; touch /tmp/waits; while [ ! -e /tmp/go ]; do sleep 0.1; done
+			evmctl ima_measurement --ignore-violations --pcrs sha1,/tmp/pcrs.sha1 --pcrs sha256,/tmp/pcrs.sha256 /sys/kernel/security/ima/binary_runtime_measurements`)
+		done <- result{out, err}
+	}()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		if _, err := os.Stat(filepath.Join(b.root, "tmp/waits")); err == nil {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatal("the shell inside does not get to where it waits")
+		}
+	}
 	a.settled(b.ns())
 	pcrs, err := a.client().PCRs(t.Context(), b.ns())
 	if err != nil {
@@ -241,7 +260,12 @@ func TestWindowEvmctl(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	b.sh("evmctl ima_measurement --ignore-violations --pcrs sha1,/tmp/pcrs.sha1 --pcrs sha256,/tmp/pcrs.sha256 /sys/kernel/security/ima/binary_runtime_measurements")
+	if err := os.WriteFile(filepath.Join(b.root, "tmp/go"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if r := <-done; r.err != nil || !strings.Contains(r.out, "Matched per TPM bank") {
+		t.Errorf("evmctl: %v\n%s", r.err, r.out)
+	}
 }
 
 // The window comes into a running container by the command, and outlives the agent's death.
