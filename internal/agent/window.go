@@ -114,9 +114,15 @@ func (v *view) PolicyText(c *imafs.Caller) string {
 	return p.String()
 }
 
-func (v *view) CheckPolicy(_ *imafs.Caller, text []byte) error {
-	_, err := parseRules(text)
-	return err
+func (v *view) CheckPolicy(c *imafs.Caller, text []byte) error {
+	p, err := parseRules(text)
+	if err != nil {
+		return err
+	}
+	if _, unmapped := p.MapIDs(c.UIDs.ToHost, c.GIDs.ToHost); unmapped != nil {
+		return fmt.Errorf("rule %q names an id that its writer's user namespace does not have: %w", unmapped.Text, syscall.EINVAL)
+	}
+	return v.tree.CheckRoom(v.ns, len(p.Rules())) // now, as many programs don't look at what close returns
 }
 
 func (v *view) AppendPolicy(ctx context.Context, c *imafs.Caller, text []byte) error {

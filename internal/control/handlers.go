@@ -187,7 +187,7 @@ func (s *Server) measurements(w http.ResponseWriter, r *http.Request) {
 	bank := ima.SHA1
 	if name := q.Get("bank"); name != "" {
 		if bank, ok = ima.HashAlgoByName(name); ok {
-			_, ok = bank.Hash()
+			ok = imalog.CheckBank(bank) == nil
 		}
 		if !ok {
 			s.fail(w, http.StatusBadRequest, fmt.Errorf("bank %q: want sha1, sha256, sha384 or sha512", name))

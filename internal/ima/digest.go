@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	// The digests that this package names must be linked in.
+	_ "crypto/md5"
 	_ "crypto/sha1"
 	_ "crypto/sha256"
 	_ "crypto/sha512"
@@ -48,7 +49,7 @@ var hashAlgos = [...]struct {
 	size int
 	hash crypto.Hash
 }{
-	{"md4", 16, 0}, {"md5", 16, 0}, {"sha1", 20, crypto.SHA1}, {"rmd160", 20, 0}, {"sha256", 32, crypto.SHA256},
+	{"md4", 16, 0}, {"md5", 16, crypto.MD5}, {"sha1", 20, crypto.SHA1}, {"rmd160", 20, 0}, {"sha256", 32, crypto.SHA256},
 	{"sha384", 48, crypto.SHA384}, {"sha512", 64, crypto.SHA512}, {"sha224", 28, crypto.SHA224}, {"rmd128", 16, 0},
 	{"rmd256", 32, 0}, {"rmd320", 40, 0}, {"wp256", 32, 0}, {"wp384", 48, 0}, {"wp512", 64, 0}, {"tgr128", 16, 0},
 	{"tgr160", 20, 0}, {"tgr192", 24, 0}, {"sm3", 32, 0}, {"streebog256", 32, 0}, {"streebog512", 64, 0},

@@ -154,9 +154,23 @@ func (t *Tree) AppendPolicy(ctx context.Context, ns event.MountNS, rules *policy
 	return tooMany
 }
 
+// CheckRoom says whether a namespace may have n more rules: ErrTooManyRules.
+func (t *Tree) CheckRoom(ns event.MountNS, n int) error {
+	s, ok := t.known(ns)
+	if !ok {
+		return ErrEnded
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(s.rules())+n > t.config.MaxRules {
+		return ErrTooManyRules
+	}
+	return nil
+}
+
 // rules returns the rules that a namespace has of its own.
 func (s *State) rules() []*policy.Rule {
-	if !s.active {
+	if !s.active || s.parent == nil {
 		return nil
 	}
 	return s.policy.Rules()

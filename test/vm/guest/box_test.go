@@ -31,15 +31,21 @@ type box struct {
 	enter []string // a command that runs what follows in it
 }
 
-// boxKinds are the ways to make a box. Each takes the folder to bind over /sys/kernel/security; "" is none.
-var boxKinds = []struct {
+// kinds are the boxes that a test is made in: two of them every day.
+func kinds() []boxKind { return boxKinds[:soak(2, len(boxKinds))] }
+
+// boxKind makes a box of one kind.
+type boxKind struct {
 	name  string
 	start func(t *testing.T, window string) *box
-}{
+}
+
+// boxKinds are the ways to make a box. Each takes the folder to bind over /sys/kernel/security; "" is none.
+var boxKinds = []boxKind{
 	{"unshare", func(t *testing.T, w string) *box { return startUnshared(t, 1, w) }},
+	{"runc", startRunc},
 	{"nested", func(t *testing.T, w string) *box { return startUnshared(t, nestedLevels, w) }},
 	{"mapped", startMapped},
-	{"runc", startRunc},
 }
 
 // nestedLevels is how deep the innermost box is, in user, mount and pid namespaces: as deep as the kernel lets user namespaces

@@ -143,7 +143,7 @@ func TestWindowAttach(t *testing.T) {
 func TestWindowScripts(t *testing.T) {
 	scripts := []string{"activation", "policy", "barrier", "prompt", "remeasure", "ids", "siblings", "nested", "tools", "end"}
 	a := startAgent(t, "--namespaces", "lazy")
-	for _, kind := range boxKinds {
+	for _, kind := range kinds() {
 		for _, name := range scripts {
 			t.Run(kind.name+"/"+name, func(t *testing.T) {
 				b := kind.start(t, a.windowDir())
@@ -178,7 +178,7 @@ func TestWindowComingToBe(t *testing.T) {
 				a.args = append(a.args, "--ns-policy", a.write("ns-policy", "measure func=BPRM_CHECK\n"))
 			}
 			a.start()
-			for _, kind := range boxKinds {
+			for _, kind := range kinds() {
 				t.Run(kind.name, func(t *testing.T) {
 					b := kind.start(t, a.windowDir())
 					if way.script == "byhand" {
@@ -209,7 +209,7 @@ func TestWindowIDsFromOutside(t *testing.T) {
 // A file that the host or a sibling changed is measured again.
 func TestWindowChangedFromOutside(t *testing.T) {
 	a := startAgent(t, "--namespaces", "lazy")
-	for _, kind := range boxKinds {
+	for _, kind := range kinds() {
 		t.Run(kind.name, func(t *testing.T) {
 			b := kind.start(t, a.windowDir())
 			b.sh("echo 1 >/sys/kernel/security/ima/active; echo 'measure func=BPRM_CHECK' >/sys/kernel/security/ima/policy")
@@ -272,7 +272,7 @@ func TestWindowEvmctl(t *testing.T) {
 func TestWindowOfRunningContainer(t *testing.T) {
 	a := startAgent(t, "--namespaces", "lazy")
 	var boxes []*box
-	for _, kind := range boxKinds {
+	for _, kind := range kinds() {
 		b := kind.start(t, "")
 		if out := a.cli("ns", "window", b.ns()); !strings.Contains(out, containers.SecurityFS) {
 			t.Errorf("ns window: %s", out)

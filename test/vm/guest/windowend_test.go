@@ -72,7 +72,7 @@ grep -q /bin/true /sys/kernel/security/ima/ascii_runtime_measurements'; done`, n
 // The end of a container with a window, however it ends, takes the namespace from the agent.
 func TestWindowEndOfContainer(t *testing.T) {
 	a := startAgent(t, "--namespaces", "lazy")
-	for _, kind := range boxKinds {
+	for _, kind := range kinds() {
 		t.Run(kind.name, func(t *testing.T) {
 			var inum uint32
 			t.Run("alive", func(t *testing.T) {

@@ -16,7 +16,7 @@ equal "dd in small pieces" "$(dd if="$LIST" bs=7 2>/dev/null | sha256sum)" "$(sh
 equal "dd with an offset" "$(dd if="$LIST" bs=1 skip=3 count=40 2>/dev/null)" "$(head -n 1 "$LIST" | cut -c 4-43)"
 cp "$LIST" "$WORK/copy" && equal "cp" "$(cat "$WORK/copy")" "$(cat "$LIST")"
 equal "wc -c" "$(wc -c <"$binary")" "$(cat "$binary" | wc -c)"
-equal "the other folder" "$(cat "$IMA/../integrity/ima/ascii_runtime_measurements")" "$(cat "$LIST")"
+equal "the other folder" "$(cat "${IMA%/ima}/integrity/ima/ascii_runtime_measurements")" "$(cat "$LIST")"
 for bank in sha1 sha256 sha384 sha512; do
 	equal "as many entries for $bank" "$(wc -l <"${LIST}_$bank")" "$(wc -l <"$LIST")"
 done
