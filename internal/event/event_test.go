@@ -100,6 +100,48 @@ func TestDecodeFileFlags(t *testing.T) {
 	}
 }
 
+func TestDecodeIDMaps(t *testing.T) {
+	b := make([]byte, IDMapsSize)
+	put32 := func(at int, v uint32) { binary.NativeEndian.PutUint32(b[at:], v) }
+	put32(0, kindIDMaps)
+	put32(32, 2)
+	for i, v := range []uint32{0, 100000, 1000, 1000, 1000, 1} {
+		put32(40+4*i, v)
+	}
+	put32(36, 6)
+	r, err := Decode(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := r.(*IDMaps)
+	if len(m.UIDs) != 2 || m.UIDs.ToHost(5) != 100005 || m.UIDs.ToHost(1000) != 1000 || m.UIDs.ToHost(1001) != ima.NoID {
+		t.Errorf("users %v", m.UIDs)
+	}
+	if !m.Cut || len(m.GIDs) != 0 {
+		t.Errorf("a map of six ranges: %v, cut %v", m.GIDs, m.Cut)
+	}
+	put32(36, 0)
+	if r, err := Decode(b); err != nil || r.(*IDMaps).Cut || len(r.(*IDMaps).GIDs) != 0 {
+		t.Errorf("a map that is not written yet: %+v, %v", r, err)
+	}
+}
+
+func TestDecodeBirth(t *testing.T) {
+	b := make([]byte, BirthSize)
+	put32 := func(at int, v uint32) { binary.NativeEndian.PutUint32(b[at:], v) }
+	put32(0, kindBirth)
+	put32(44, 70)
+	put32(48, 60)
+	put32(76, 1)
+	r, err := Decode(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f := r.(*Birth); f.Creator != 70 || f.Ancestors != [8]uint32{60, 0, 0, 0, 0, 0, 0, 1} {
+		t.Errorf("birth %+v", f)
+	}
+}
+
 func TestDecodeRefuses(t *testing.T) {
 	put32 := func(at int, v uint32) func([]byte) {
 		return func(b []byte) { binary.NativeEndian.PutUint32(b[at:], v) }
@@ -132,6 +174,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add(fileRecord("/bin/true", nil))
 	f.Add(fileRecord("/bin/true", nil)[:FileSize])
 	f.Add(make([]byte, BirthSize))
+	f.Add(make([]byte, IDMapsSize))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r, err := Decode(b)
 		if (r == nil) == (err == nil) {

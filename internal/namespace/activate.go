@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"syscall"
 
 	"go.uber.org/zap"
@@ -204,6 +205,9 @@ func (s *State) setPolicy(ctx context.Context, p *policy.Policy) error {
 
 // nsPolicy returns the policy for new namespaces in a namespace of those ids, whose numbers its rules mean.
 func (c *Config) nsPolicy(ids ima.IDMaps) *policy.Policy {
+	if slices.Equal(ids.UIDs, ima.InitialIDs()) && slices.Equal(ids.GIDs, ima.InitialIDs()) {
+		return c.NSPolicy
+	}
 	p, _ := c.NSPolicy.MapIDs(ids.UIDs.ToHost, ids.GIDs.ToHost)
 	return p
 }
