@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"syscall"
-	"time"
 
 	"go.uber.org/zap"
 
@@ -17,9 +16,6 @@ import (
 	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/policy"
 )
-
-// windowTimeout bounds what a writer of the window waits for.
-const windowTimeout = 10 * time.Second
 
 // views is the tree as the window shows it.
 type views struct {
