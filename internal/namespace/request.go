@@ -38,13 +38,6 @@ func (t *Tree) RequestNew(ns event.MountNS, tgid uint32) error {
 	return nil
 }
 
-// WithdrawNew takes a request back.
-func (t *Tree) WithdrawNew(ns event.MountNS, tgid uint32) {
-	if s, ok := t.known(ns); ok {
-		s.requests = slices.DeleteFunc(s.requests, func(r request) bool { return r.tgid == tgid })
-	}
-}
-
 // requested takes the request that a birth fulfils; false: nobody asked.
 func (s *State) requested(b *event.Birth) bool {
 	chain := append([]uint32{b.Creator}, b.Ancestors[:]...)
