@@ -120,11 +120,11 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	if err := p.catchUp(ctx); err != nil {
 		return err
 	}
-	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), tree, p.do, filepath.Join(c.RunDir, windowName), log)
+	windowDir := filepath.Join(c.RunDir, windowName)
+	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), tree, p.do, windowDir, log)
 	if err != nil {
 		return err
 	}
-	windowDir := filepath.Join(c.RunDir, windowName)
 	window, err := imafs.Mount(windowDir, &views{tree, p}, log.Named("window"))
 	if err != nil {
 		log.Warn("containers have no window on their IMA; load the kernel module fuse (modprobe fuse) and restart", zap.Error(err))

@@ -115,10 +115,7 @@ func (v *view) CheckPolicy(c *imafs.Caller, text []byte) error {
 	if err != nil {
 		return err
 	}
-	if _, unmapped := p.MapIDs(c.UIDs.ToHost, c.GIDs.ToHost); unmapped != nil {
-		return fmt.Errorf("rule %q names an id that its writer's user namespace does not have: %w", unmapped.Text, syscall.EINVAL)
-	}
-	return v.tree.CheckRoom(v.ns, len(p.Rules())) // now, as many programs don't look at what close returns
+	return v.tree.CheckPolicy(v.ns, p, callerMaps(c)) // now, as many programs don't look at what close returns
 }
 
 func (v *view) AppendPolicy(ctx context.Context, c *imafs.Caller, text []byte) error {
@@ -126,9 +123,10 @@ func (v *view) AppendPolicy(ctx context.Context, c *imafs.Caller, text []byte) e
 	if err != nil {
 		return err
 	}
-	maps := ima.IDMaps{UIDs: c.UIDs, GIDs: c.GIDs}
-	return v.do(ctx, func(ctx context.Context) error { return v.tree.AppendPolicy(ctx, v.ns, p, maps) })
+	return v.do(ctx, func(ctx context.Context) error { return v.tree.AppendPolicy(ctx, v.ns, p, callerMaps(c)) })
 }
+
+func callerMaps(c *imafs.Caller) ima.IDMaps { return ima.IDMaps{UIDs: c.UIDs, GIDs: c.GIDs} }
 
 // parseRules reads rules that a namespace is given.
 func parseRules(text []byte) (*policy.Policy, error) {

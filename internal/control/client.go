@@ -60,8 +60,8 @@ func (c *Client) request(ctx context.Context, method, path string) (io.ReadClose
 	return nil, errors.New(e.Error)
 }
 
-func (c *Client) decode(ctx context.Context, path string, v any) error {
-	body, err := c.get(ctx, path)
+func (c *Client) decode(ctx context.Context, method, path string, v any) error {
+	body, err := c.request(ctx, method, path)
 	if err != nil {
 		return err
 	}
@@ -75,19 +75,25 @@ func (c *Client) decode(ctx context.Context, path string, v any) error {
 // Status asks what the agent has counted.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	var s Status
-	return s, c.decode(ctx, "/v1/status", &s)
+	return s, c.decode(ctx, http.MethodGet, "/v1/status", &s)
 }
 
 // Namespaces asks for all namespaces.
 func (c *Client) Namespaces(ctx context.Context) ([]Namespace, error) {
 	var list []Namespace
-	return list, c.decode(ctx, "/v1/namespaces", &list)
+	return list, c.decode(ctx, http.MethodGet, "/v1/namespaces", &list)
 }
 
 // Namespace asks for one namespace.
 func (c *Client) Namespace(ctx context.Context, name string) (Namespace, error) {
 	var n Namespace
-	return n, c.decode(ctx, "/v1/namespaces/"+url.PathEscape(name), &n)
+	return n, c.decode(ctx, http.MethodGet, "/v1/namespaces/"+url.PathEscape(name), &n)
+}
+
+// Activate asks for a namespace to be made an IMA namespace of its own. If it is one already, nothing is done.
+func (c *Client) Activate(ctx context.Context, name string) (Namespace, error) {
+	var n Namespace
+	return n, c.decode(ctx, http.MethodPost, "/v1/namespaces/"+url.PathEscape(name)+"/activate", &n)
 }
 
 // Policy asks for a namespace's rules; the caller closes the text.
@@ -98,7 +104,7 @@ func (c *Client) Policy(ctx context.Context, name string) (io.ReadCloser, error)
 // PCRs asks for a namespace's PCR, as the agent reads it from the namespace's TPM.
 func (c *Client) PCRs(ctx context.Context, name string) (PCRs, error) {
 	var p PCRs
-	return p, c.decode(ctx, "/v1/namespaces/"+url.PathEscape(name)+"/pcrs", &p)
+	return p, c.decode(ctx, http.MethodGet, "/v1/namespaces/"+url.PathEscape(name)+"/pcrs", &p)
 }
 
 // Measurements asks for a namespace's list; the caller closes it. format is ascii, binary or json.

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -145,6 +146,21 @@ func (s *Server) find(w http.ResponseWriter, r *http.Request) (namespace.View, b
 
 func (s *Server) namespace(w http.ResponseWriter, r *http.Request) {
 	if v, ok := s.find(w, r); ok {
+		s.reply(w, jsonNamespace(v.Info))
+	}
+}
+
+func (s *Server) activate(w http.ResponseWriter, r *http.Request) {
+	v, ok := s.find(w, r)
+	if !ok {
+		return
+	}
+	ns := v.Info.NS
+	if err := s.do(r.Context(), func(ctx context.Context) error { return s.tree.Activate(ctx, ns) }); err != nil {
+		s.fail(w, http.StatusConflict, err)
+		return
+	}
+	if v, ok = s.find(w, r); ok {
 		s.reply(w, jsonNamespace(v.Info))
 	}
 }

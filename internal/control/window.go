@@ -2,7 +2,6 @@ package control
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -30,16 +29,8 @@ func (c *Client) DetachWindow(ctx context.Context, name string) (Window, error) 
 }
 
 func (c *Client) window(ctx context.Context, method, name string) (Window, error) {
-	body, err := c.request(ctx, method, "/v1/namespaces/"+url.PathEscape(name)+"/window")
-	if err != nil {
-		return Window{}, err
-	}
-	defer body.Close()
 	var w Window
-	if err := json.NewDecoder(body).Decode(&w); err != nil {
-		return Window{}, fmt.Errorf("read the agent's answer: %w", err)
-	}
-	return w, nil
+	return w, c.decode(ctx, method, "/v1/namespaces/"+url.PathEscape(name)+"/window", &w)
 }
 
 func (s *Server) attachWindow(w http.ResponseWriter, r *http.Request) {
@@ -75,34 +66,5 @@ func (s *Server) changeWindow(w http.ResponseWriter, r *http.Request, change fun
 		s.fail(w, http.StatusNotFound, err)
 	default:
 		s.fail(w, http.StatusConflict, err)
-	}
-}
-
-// Activate asks for a namespace to be made an IMA namespace of its own. If it is one already, nothing is done.
-func (c *Client) Activate(ctx context.Context, name string) (Namespace, error) {
-	body, err := c.request(ctx, http.MethodPost, "/v1/namespaces/"+url.PathEscape(name)+"/activate")
-	if err != nil {
-		return Namespace{}, err
-	}
-	defer body.Close()
-	var n Namespace
-	if err := json.NewDecoder(body).Decode(&n); err != nil {
-		return Namespace{}, fmt.Errorf("read the agent's answer: %w", err)
-	}
-	return n, nil
-}
-
-func (s *Server) activate(w http.ResponseWriter, r *http.Request) {
-	v, ok := s.find(w, r)
-	if !ok {
-		return
-	}
-	ns := v.Info.NS
-	if err := s.do(r.Context(), func(ctx context.Context) error { return s.tree.Activate(ctx, ns) }); err != nil {
-		s.fail(w, http.StatusConflict, err)
-		return
-	}
-	if v, ok = s.find(w, r); ok {
-		s.reply(w, jsonNamespace(v.Info))
 	}
 }

@@ -1,5 +1,10 @@
 package ima
 
+import (
+	"bytes"
+	"fmt"
+)
+
 // NoID is the id that no user or group has: what a map gives where it has no room for an id.
 const NoID = ^uint32(0)
 
@@ -16,6 +21,19 @@ type IDRange struct {
 
 // IDMap says how a user namespace numbers ids. The zero value has none of them.
 type IDMap []IDRange
+
+// ParseIDMap parses /proc/PID/uid_map or gid_map. Its outer ids are those of whoever opened it.
+func ParseIDMap(text []byte) (IDMap, error) {
+	var m IDMap
+	for line := range bytes.Lines(text) {
+		var r IDRange
+		if _, err := fmt.Sscan(string(line), &r.Inside, &r.Outside, &r.Count); err != nil {
+			return nil, fmt.Errorf("parse id map: %w", err)
+		}
+		m = append(m, r)
+	}
+	return m, nil
+}
 
 // InitialIDs is the map of the initial user namespace.
 func InitialIDs() IDMap { return IDMap{{Count: NoID}} }

@@ -2,6 +2,19 @@ package ima
 
 import "testing"
 
+func TestParseIDMap(t *testing.T) {
+	m, err := ParseIDMap([]byte("         0     100000       1000\n      1000       1000          1\n"))
+	if err != nil || len(m) != 2 || m[0] != (IDRange{0, 100000, 1000}) || m[1] != (IDRange{1000, 1000, 1}) {
+		t.Errorf("%v, %v", m, err)
+	}
+	if m, err := ParseIDMap(nil); err != nil || len(m) != 0 {
+		t.Errorf("one that is not written yet: %v, %v", m, err)
+	}
+	if m, err := ParseIDMap([]byte("0 x 1\n")); err == nil {
+		t.Errorf("no number: %v", m)
+	}
+}
+
 func TestIDMap(t *testing.T) {
 	m := IDMap{{Inside: 0, Outside: 100000, Count: 1000}, {Inside: 1000, Outside: 1000, Count: 1}, {Inside: 4294967000, Outside: 5, Count: 100}}
 	for _, c := range []struct{ inside, outside uint32 }{

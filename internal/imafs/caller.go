@@ -119,21 +119,11 @@ func readIDMap(tid uint32, name string) (ima.IDMap, error) {
 	if err != nil {
 		return nil, unix.EACCES
 	}
-	var ranges ima.IDMap
-	for line := range strings.Lines(string(b)) {
-		var r ima.IDRange
-		if _, err := fmt.Sscan(line, &r.Inside, &r.Outside, &r.Count); err != nil {
-			return nil, fmt.Errorf("read %s of task %d: %w", name, tid, err)
-		}
-		ranges = append(ranges, r)
+	m, err := ima.ParseIDMap(b)
+	if err != nil {
+		return nil, fmt.Errorf("read %s of task %d: %w", name, tid, err)
 	}
-	return ranges, nil
-}
-
-func mapped(ranges ima.IDMap, outside uint32) bool {
-	return slices.ContainsFunc(ranges, func(r ima.IDRange) bool {
-		return outside >= r.Outside && outside-r.Outside < r.Count
-	})
+	return m, nil
 }
 
 func (t *task) has(capability int) bool { return t.caps&(1<<capability) != 0 }
@@ -154,7 +144,7 @@ func (t *task) may(o Owner, mode, want uint32) error {
 	if want&wantExec != 0 && all&0o111 == 0 {
 		return unix.EACCES
 	}
-	if mapped(t.UIDs, o.UID) && mapped(t.GIDs, o.GID) &&
+	if t.UIDs.FromHost(o.UID) != ima.NoID && t.GIDs.FromHost(o.GID) != ima.NoID &&
 		(t.has(capDACOverride) || want == wantRead && t.has(capDACReadSearch)) {
 		return nil
 	}

@@ -17,8 +17,8 @@ import (
 // loadTimeout bounds how long a write waits for the file system of the file that it names.
 const loadTimeout = 10 * time.Second
 
-// load takes the rules of a file, which who writes finds in its own root with its own rights. Its file system may be in the hands of whoever would like to hold up the agent: it gets
-// loadTimeout, and the namespace no other load until it answers.
+// load takes the rules of a file, which who writes finds in its own root with its own rights. Its file system may be in the hands
+// of whoever would like to hold up the agent: it gets loadTimeout, and the namespace no other load until it answers.
 func (w *policyWriter) load(ctx context.Context, path string) error {
 	c, ok := fuse.FromContext(ctx)
 	if !ok {

@@ -136,10 +136,9 @@ func (t *Tree) AppendPolicy(ctx context.Context, ns event.MountNS, rules *policy
 	if !s.active && t.config.Mode != Lazy {
 		return ErrInactive
 	}
-	// Source: ima_parse_rule, which refuses an id without a kernel id.
-	rules, unmapped := rules.MapIDs(maps.UIDs.ToHost, maps.GIDs.ToHost)
-	if unmapped != nil {
-		return fmt.Errorf("rule %q names an id that its writer's user namespace does not have: %w", unmapped.Text, syscall.EINVAL)
+	rules, err := hostRules(rules, maps)
+	if err != nil {
+		return err
 	}
 	var tooMany error
 	if room := t.config.MaxRules - len(s.rules()); len(rules.Rules()) > room {
@@ -155,15 +154,27 @@ func (t *Tree) AppendPolicy(ctx context.Context, ns event.MountNS, rules *policy
 	return tooMany
 }
 
-// CheckRoom says whether a namespace may have n more rules: ErrTooManyRules.
-func (t *Tree) CheckRoom(ns event.MountNS, n int) error {
+// hostRules returns rules with the host's ids. Source: ima_parse_rule, which refuses an id without a kernel id.
+func hostRules(rules *policy.Policy, maps ima.IDMaps) (*policy.Policy, error) {
+	mapped, unmapped := rules.MapIDs(maps.UIDs.ToHost, maps.GIDs.ToHost)
+	if unmapped != nil {
+		return nil, fmt.Errorf("rule %q names an id that its writer's user namespace does not have: %w", unmapped.Text, syscall.EINVAL)
+	}
+	return mapped, nil
+}
+
+// CheckPolicy says why rules by themselves could not be appended now. From any goroutine.
+func (t *Tree) CheckPolicy(ns event.MountNS, rules *policy.Policy, maps ima.IDMaps) error {
+	if _, err := hostRules(rules, maps); err != nil {
+		return err
+	}
 	s, ok := t.known(ns)
 	if !ok {
 		return ErrEnded
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if len(s.rules())+n > t.config.MaxRules {
+	if len(s.rules())+len(rules.Rules()) > t.config.MaxRules {
 		return ErrTooManyRules
 	}
 	return nil

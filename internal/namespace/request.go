@@ -77,12 +77,8 @@ func readIDMaps(p event.Process) (ima.IDMaps, error) {
 		if err != nil {
 			return ima.IDMaps{}, fmt.Errorf("read id map: %w", err)
 		}
-		for line := range bytes.Lines(b) {
-			var r ima.IDRange
-			if _, err := fmt.Sscan(string(line), &r.Inside, &r.Outside, &r.Count); err != nil {
-				return ima.IDMaps{}, fmt.Errorf("read id map: %w", err)
-			}
-			*m.to = append(*m.to, r)
+		if *m.to, err = ima.ParseIDMap(b); err != nil {
+			return ima.IDMaps{}, err
 		}
 	}
 	return maps, nil
