@@ -11,7 +11,8 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 PURE    := $(addprefix ./internal/,ima policy event imalog verify)
 KERNEL  ?=
 RUN     ?=
-VMFLAGS  = $(if $(RUN),-run '$(RUN)') $(if $(KERNEL),-kernel '$(KERNEL)') $(if $(COVER),-cover '$(COVER)')
+SHORT   ?=
+VMFLAGS  = $(if $(SHORT),-short) $(if $(RUN),-run '$(RUN)') $(if $(KERNEL),-kernel '$(KERNEL)') $(if $(COVER),-cover '$(COVER)')
 
 .PHONY: help
 help: ## list the targets
@@ -44,7 +45,8 @@ lint: ## check format, vet, staticcheck, the import layers and the shell scripts
 	@if type -P shellcheck >/dev/null; then shellcheck .ci/run $$(git ls-files '*.sh'); else echo "no shellcheck: scripts not checked"; fi
 
 .PHONY: test
-test: lint test-unit generated test-vm ## run every check: lint, unit tests, generated files, all kernels
+test: lint test-unit generated ## run every check: lint, unit tests, generated files, all kernels
+	@$(MAKE) test-vm SHORT=1
 
 .PHONY: test-unit
 test-unit: ## run the unit tests, with the race detector where gcc is (RUN=regexp PKG=./…)
@@ -54,10 +56,10 @@ test-unit: ## run the unit tests, with the race detector where gcc is (RUN=regex
 	go test $$race $(if $(RUN),-run '$(RUN)') $(or $(PKG),./...)
 
 .PHONY: test-vm
-test-vm: ## run the tests of the vm tag on stock kernels (RUN=regexp KERNEL=6.12 COVER=file)
+test-vm: ## run the tests of the vm tag on stock kernels (RUN=regexp KERNEL=6.12 COVER=file SHORT=1)
 	@$(DEPS) go vm
 	go build -o bin/vmtest ./test/vm/cmd/vmtest
-	exec bin/vmtest $(VMFLAGS)
+	exec bin/vmtest $(if $(SHORT),,-timeout 1h) $(VMFLAGS)
 
 .PHONY: soak
 soak: ## run the tests of the vm tag with far more work (RUN=, KERNEL=)

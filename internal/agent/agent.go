@@ -72,10 +72,12 @@ func usage(format string, args ...any) error { return &UsageError{fmt.Errorf(for
 // Run runs the agent until ctx ends, which is no error. Errors of the machine are *feature.Unsupported, of a policy
 // *policy.SyntaxError, of a list measure.ErrDiverged, ErrAltered or ErrForeign.
 func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
-	if err := feature.Missing(feature.Config{TPM: c.TPM, PinDir: c.PinDir, Swtpm: c.Swtpm}); err != nil {
+	types := feature.NewTypes()
+	if err := feature.Missing(feature.Config{Types: types, TPM: c.TPM, PinDir: c.PinDir, Swtpm: c.Swtpm}); err != nil {
 		return err
 	}
-	treeConfig, err := prepare(c, log)
+	kernelDigests := feature.KernelDigest(types)
+	treeConfig, err := prepare(c, kernelDigests, log)
 	if err != nil {
 		return err
 	}
@@ -95,7 +97,9 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 		defer tpm.Close()
 		treeConfig.NativeTPM = tpm
 	}
-	kernel, err := loader.Open(loader.Options{PinDir: c.PinDir, RingSize: c.RingSize, KernelDigest: useKernelDigest(c, log)})
+	kernel, err := loader.Open(loader.Options{
+		PinDir: c.PinDir, RingSize: c.RingSize, KernelDigest: useKernelDigest(c, kernelDigests, log), Types: types,
+	})
 	if err != nil {
 		return err
 	}
@@ -135,9 +139,15 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	group.Go(func() error { return p.watch(ctx) })
 	if window != nil {
 		group.Go(func() error { return window.Run(ctx) })
-		group.Go(func() error { return reattach(ctx, windowDir, log) })
 	}
-	group.Go(func() error { return server.Run(ctx) })
+	group.Go(func() error {
+		if window != nil { // before the first answer: who gets one finds the windows alive
+			if err := reattach(ctx, windowDir, log); err != nil {
+				return err
+			}
+		}
+		return server.Run(ctx)
+	})
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
@@ -146,7 +156,7 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 }
 
 // prepare reads policies and checks options.
-func prepare(c Config, log *zap.Logger) (namespace.Config, error) {
+func prepare(c Config, kernelDigests bool, log *zap.Logger) (namespace.Config, error) {
 	none := namespace.Config{}
 	native, err := LoadPolicy(c.Policy)
 	if err != nil {
@@ -190,7 +200,7 @@ func prepare(c Config, log *zap.Logger) (namespace.Config, error) {
 	if c.Digest != "auto" && c.Digest != "kernel" && c.Digest != "agent" {
 		return none, usage("--digest %s: want auto, kernel or agent", c.Digest)
 	}
-	if c.Digest == "kernel" && !feature.KernelDigest() {
+	if c.Digest == "kernel" && !kernelDigests {
 		return none, errors.New("--digest kernel: this kernel gives no digests; use auto or agent")
 	}
 	return t, nil
@@ -225,8 +235,8 @@ var wired = policy.Wired{
 	MaxPCR:    23,
 }
 
-func useKernelDigest(c Config, log *zap.Logger) bool {
-	use := c.Digest != "agent" && feature.KernelDigest()
+func useKernelDigest(c Config, can bool, log *zap.Logger) bool {
+	use := c.Digest != "agent" && can
 	if c.Digest == "auto" && !use {
 		log.Warn("the kernel gives no digests: files are hashed shortly after the event")
 	}

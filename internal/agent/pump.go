@@ -118,17 +118,18 @@ func (p *pump) watch(ctx context.Context) error {
 	}
 }
 
-// drain handles all that is recorded now, losses included.
+// drain handles all that is recorded when it is called, losses included, however much comes meanwhile.
 func (p *pump) drain(ctx context.Context) error {
-	for {
+	for end, committed := p.kernel.Positions(); committed < end; _, committed = p.kernel.Positions() {
 		n, err := p.batch(ctx)
 		if err != nil {
 			return err
 		}
 		if n == 0 {
-			return p.losses(ctx)
+			break // what is left is not whole yet
 		}
 	}
+	return p.losses(ctx)
 }
 
 // losses records what the kernel side lost, and once all records are handled ends what ended unseen.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"syscall"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -141,12 +142,17 @@ func parseRules(text []byte) (*policy.Policy, error) {
 	return p, nil
 }
 
+// reattachTimeout bounds how long the control socket waits for that.
+const reattachTimeout = 30 * time.Second
+
 // reattach brings the windows of running containers back to life.
 func reattach(ctx context.Context, dir string, log *zap.Logger) error {
 	targets, err := container.Processes()
 	if err != nil {
 		return fmt.Errorf("look for containers with a window: %w", err)
 	}
+	ctx, cancel := context.WithTimeout(ctx, reattachTimeout)
+	defer cancel()
 	n, err := container.Reattach(ctx, dir, targets)
 	if err != nil {
 		log.Warn("some windows are not alive again; imans-agent ns window ID tries once more", zap.Error(err))

@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
@@ -52,23 +53,31 @@ func (p Probe) Run() (found string, err error) {
 	return found, nil
 }
 
+// NewTypes returns a place for the kernel's types: whoever looks there first reads them. They take tens of megabytes, so drop it
+// when the programs are loaded.
+func NewTypes() *btf.Cache { return btf.NewCache() }
+
 // Config names what the probes look at where that is configurable.
 type Config struct {
-	TPM    string // a device path; any other address is not probed
+	Types  *btf.Cache // nil: of its own
+	TPM    string     // a device path; any other address is not probed
 	PinDir string
 	Swtpm  string // name or path of the program
 }
 
 // Probes returns all probes, the required ones first.
 func Probes(c Config) []Probe {
+	if c.Types == nil {
+		c.Types = NewTypes()
+	}
 	return []Probe{
 		{Name: "privileges", Purpose: "to load programs and look into containers", detect: privileges,
 			fix: "run as root, in the host's user and pid namespaces (a container: privileged, with the host's pid namespace)"},
 		{Name: "BPF LSM", Purpose: "to see each file before it runs", Since: "5.7", detect: bpfLSM,
 			fix: "add bpf to the lsm= list of the kernel's command line, e.g. lsm=landlock,lockdown,yama,integrity,apparmor,bpf, and reboot"},
-		{Name: "BTF", Purpose: "to fit the programs to this kernel", Since: "5.2", detect: kernelBTF,
+		{Name: "BTF", Purpose: "to fit the programs to this kernel", Since: "5.2", detect: func() (string, error) { return kernelBTF(c.Types) },
 			fix: "boot a kernel built with CONFIG_DEBUG_INFO_BTF=y (every stock kernel of Debian 11, Ubuntu 20.10, Fedora 31 and later)"},
-		{Name: "LSM programs", Purpose: "to see each file before it runs", Since: "5.7", detect: lsmPrograms,
+		{Name: "LSM programs", Purpose: "to see each file before it runs", Since: "5.7", detect: func() (string, error) { return lsmPrograms(c.Types) },
 			fix: "boot a kernel of version 6.1 or later, outside a sandbox that refuses bpf(2)"},
 		{Name: "lockdown", Purpose: "to read kernel memory from programs", detect: lockdown,
 			fix: "boot without lockdown=confidentiality (lockdown=integrity is fine)"},
@@ -76,13 +85,13 @@ func Probes(c Config) []Probe {
 			fix: "mount -t bpf bpf /sys/fs/bpf"},
 		{Name: "ring buffer", Purpose: "to hand events over", Since: "5.8", detect: ringBuffer,
 			fix: "boot a kernel of version 6.1 or later"},
-		{Name: "kernel digest", Purpose: "to have a file's digest before a byte of it runs", Since: "5.18", detect: kernelDigest,
+		{Name: "kernel digest", Purpose: "to have a file's digest before a byte of it runs", Since: "5.18", detect: func() (string, error) { return kernelDigest(c.Types) },
 			fix: "boot a kernel built with CONFIG_IMA=y", Without: "the agent hashes files itself, shortly after the event (--digest=agent)"},
 		{Name: "TPM", Purpose: "to anchor the native list in hardware", detect: func() (string, error) { return tpmDevice(c.TPM) },
 			fix: "enable the TPM in the firmware, or run with --tpm none", Without: "the native list is not anchored (--tpm none)"},
 		{Name: "swtpm", Purpose: "to give each namespace a TPM of its own", detect: func() (string, error) { return swtpm(c.Swtpm) },
 			fix: "install the package swtpm", Without: "the lists of namespaces are not anchored (--ns-tpm none)"},
-		{Name: "overlayfs types", Purpose: "to tell one layer's file from another's", detect: overlayTypes,
+		{Name: "overlayfs types", Purpose: "to tell one layer's file from another's", detect: func() (string, error) { return overlayTypes(c.Types) },
 			fix: "modprobe overlay", Without: "files of overlayfs are looked at every time they run"},
 		{Name: "vTPM proxy", Purpose: "to put /dev/tpm0 into containers", Since: "4.8", detect: device("/dev/vtpmx"),
 			fix: "modprobe tpm_vtpm_proxy", Without: "containers get no TPM device"},
@@ -106,8 +115,8 @@ func Missing(c Config) error {
 }
 
 // KernelDigest reports whether the kernel can be asked for a file's digest.
-func KernelDigest() bool {
-	_, err := kernelDigest()
+func KernelDigest(types *btf.Cache) bool {
+	_, err := kernelDigest(types)
 	return err == nil
 }
 
@@ -149,17 +158,25 @@ func bpfLSM() (string, error) {
 	return "", fmt.Errorf("bpf is not among the active security modules (%s)", strings.TrimSpace(string(list)))
 }
 
-func kernelBTF() (string, error) {
-	if _, err := btf.LoadKernelSpec(); err != nil {
+func kernelBTF(types *btf.Cache) (string, error) {
+	if _, err := types.Kernel(); err != nil {
 		return "", fmt.Errorf("the kernel's types can't be read: %w", err)
 	}
 	return "/sys/kernel/btf/vmlinux", nil
 }
 
-func lsmPrograms() (string, error) {
-	if err := features.HaveProgramType(ebpf.LSM); err != nil {
+// lsmPrograms loads a program that does nothing.
+func lsmPrograms(types *btf.Cache) (string, error) {
+	const name = "imans_probe"
+	spec := &ebpf.CollectionSpec{Programs: map[string]*ebpf.ProgramSpec{name: {
+		Name: name, Type: ebpf.LSM, AttachType: ebpf.AttachLSMMac, AttachTo: "file_mprotect", License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
+	}}}
+	loaded, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Cache: types})
+	if err != nil {
 		return "", fmt.Errorf("the kernel refuses LSM programs: %w", err)
 	}
+	loaded.Close()
 	return release(), nil
 }
 
@@ -195,13 +212,13 @@ func ringBuffer() (string, error) {
 }
 
 // kernelDigest looks for what bpf_ima_file_hash calls: a kernel without IMA, or too old, has no such function.
-func kernelDigest() (string, error) {
-	types, err := btf.LoadKernelSpec()
+func kernelDigest(types *btf.Cache) (string, error) {
+	spec, err := types.Kernel()
 	if err != nil {
 		return "", fmt.Errorf("the kernel's types can't be read: %w", err)
 	}
 	var fn *btf.Func
-	if err := types.TypeByName("ima_file_hash", &fn); err != nil {
+	if err := spec.TypeByName("ima_file_hash", &fn); err != nil {
 		return "", fmt.Errorf("kernel %s has no ima_file_hash: %w", release(), err)
 	}
 	return "bpf_ima_file_hash", nil
@@ -233,8 +250,8 @@ func swtpm(program string) (string, error) {
 	return first, nil
 }
 
-func overlayTypes() (string, error) {
-	if _, err := btf.LoadKernelModuleSpec("overlay"); err != nil {
+func overlayTypes(types *btf.Cache) (string, error) {
+	if _, err := types.Module("overlay"); err != nil {
 		return "", fmt.Errorf("the overlay module's types can't be read (is it loaded?): %w", err)
 	}
 	return "/sys/kernel/btf/overlay", nil

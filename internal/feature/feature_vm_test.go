@@ -18,7 +18,7 @@ func TestProbesFindWhatTheMatrixHas(t *testing.T) {
 		}
 		t.Logf("%s: %s %v", p.Name, found, err)
 	}
-	if !KernelDigest() {
+	if !KernelDigest(NewTypes()) {
 		t.Error("no kernel digest")
 	}
 }

@@ -14,8 +14,8 @@ import (
 const (
 	// policyMax bounds what one writer's rules may take in memory.
 	policyMax = 16 << 20
-	// applyTimeout bounds how long a close waits for its rules to be in effect.
-	applyTimeout = 10 * time.Second
+	// applyTimeout bounds how long a close waits for its rules to be in effect: long, as shells don't look at what it returns.
+	applyTimeout = time.Minute
 )
 
 // policyWriter is the policy open for writing. Source: security/integrity/ima/ima_fs.c, ima_open_policy, ima_write_policy,
@@ -156,5 +156,9 @@ func (w *policyWriter) finish() error {
 	// Nobody can interrupt a close.
 	ctx, cancel := context.WithTimeout(context.Background(), applyTimeout)
 	defer cancel()
-	return w.view.AppendPolicy(ctx, &w.task.Caller, rules)
+	err := w.view.AppendPolicy(ctx, &w.task.Caller, rules)
+	if err != nil {
+		w.log.Warn("a policy does not take effect", zap.Stringer("ns", w.task.NS), zap.Error(err))
+	}
+	return err
 }

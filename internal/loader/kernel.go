@@ -16,6 +16,7 @@ import (
 	"io"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
@@ -24,9 +25,10 @@ import (
 
 // Options says how the kernel side is loaded.
 type Options struct {
-	PinDir       string // a folder on a bpffs; made if missing, mode 0700
-	RingSize     uint32 // bytes; a power of two and a multiple of the page size
-	KernelDigest bool   // ask the kernel for digests
+	PinDir       string     // a folder on a bpffs; made if missing, mode 0700
+	RingSize     uint32     // bytes; a power of two and a multiple of the page size
+	KernelDigest bool       // ask the kernel for digests
+	Types        *btf.Cache // nil: of its own
 }
 
 // Origin is how Open came by the kernel side.
@@ -58,6 +60,9 @@ func (k *Kernel) Commit() { k.ring.commit() }
 
 // Backlog returns how many bytes of records wait for Commit.
 func (k *Kernel) Backlog() uint64 { return k.ring.backlog() }
+
+// Positions returns how many bytes of records were made since the ring buffer was, and how many of them Commit gave back.
+func (k *Kernel) Positions() (recorded, committed uint64) { return k.ring.positions() }
 
 // Wait returns when records may have come, or ctx has ended. Nothing is lost by not calling it: Next finds all records.
 func (k *Kernel) Wait(ctx context.Context) error {

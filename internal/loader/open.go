@@ -189,8 +189,11 @@ func checkLink(l link.Link, program *ebpf.ProgramSpec) error {
 
 // load puts programs into the kernel, attaches and pins them.
 func load(spec *ebpf.CollectionSpec, o Options) (_ *Kernel, err error) {
-	options := ebpf.CollectionOptions{}
-	if overlay := overlayTypes(); overlay != nil {
+	if o.Types == nil {
+		o.Types = btf.NewCache()
+	}
+	options := ebpf.CollectionOptions{Cache: o.Types}
+	if overlay := overlayTypes(o.Types); overlay != nil {
 		options.Programs.ExtraRelocationTargets = []*btf.Spec{overlay}
 	}
 	collection, err := ebpf.NewCollectionWithOptions(spec, options)
@@ -230,17 +233,17 @@ func load(spec *ebpf.CollectionSpec, o Options) (_ *Kernel, err error) {
 
 // overlayTypes returns the overlay module's types, loading the module if need be: the programs are fitted to them at load.
 // Nil where overlayfs is built in or missing; an overlayfs file whose real inode is not found is then flagged as such.
-func overlayTypes() *btf.Spec {
-	types, err := btf.LoadKernelModuleSpec("overlay")
+func overlayTypes(types *btf.Cache) *btf.Spec {
+	overlay, err := types.Module("overlay")
 	if err != nil {
 		if exec.Command("modprobe", "overlay").Run() != nil {
 			return nil
 		}
-		if types, err = btf.LoadKernelModuleSpec("overlay"); err != nil {
+		if overlay, err = types.Module("overlay"); err != nil {
 			return nil
 		}
 	}
-	return types
+	return overlay
 }
 
 func attach(p *ebpf.Program) (link.Link, error) {

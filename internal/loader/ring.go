@@ -119,9 +119,15 @@ func (r *ring) next() []byte {
 // commit gives all records read so far back to the kernel.
 func (r *ring) commit() { atomic.StoreUint64(position(r.consumerPage), r.position) }
 
+// positions returns how many bytes the kernel side has recorded in all, and how many of them were committed.
+func (r *ring) positions() (recorded, committed uint64) {
+	return atomic.LoadUint64(position(r.producerPage)), atomic.LoadUint64(position(r.consumerPage))
+}
+
 // backlog returns how many bytes wait, read but uncommitted ones included.
 func (r *ring) backlog() uint64 {
-	return atomic.LoadUint64(position(r.producerPage)) - atomic.LoadUint64(position(r.consumerPage))
+	recorded, committed := r.positions()
+	return recorded - committed
 }
 
 func (r *ring) close() error {

@@ -289,14 +289,41 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 	return sums[0], 0
 }
 
-// root returns the way into the event's namespace that is kept from the first time it was needed; nil if there is none.
+// root returns the way into the event's namespace that is kept from the first time it was needed. Where no process is left in
+// the namespace it is that of the nearest ancestor: most of its mounts are the same, and whatever is opened proves what it is.
 func (l *look) root(s *State) *digest.Root {
-	if s.root == nil {
-		if root, err := digest.OpenRoot(l.ev.Process); err == nil {
-			s.root = root
+	for n := s; n != nil; n = n.parent {
+		if n.root == nil {
+			n.root = l.openRoot(n)
+		}
+		if n.root != nil {
+			return n.root
 		}
 	}
-	return s.root
+	return nil
+}
+
+// openRoot finds a process in a namespace, the event's own first, and opens the root folder that it sees; nil if there is none.
+func (l *look) openRoot(n *State) *digest.Root {
+	if n.ns == l.ev.NS {
+		if root, err := digest.OpenRoot(l.ev.Process); err == nil {
+			return root
+		}
+	}
+	tasks, err := l.tree.config.Kernel.Tasks()
+	if err != nil {
+		l.tree.log.Warn("look for a process", zap.Stringer("ns", n.ns), zap.Error(err))
+		return nil
+	}
+	for _, task := range tasks {
+		if task.NS != n.ns {
+			continue
+		}
+		if root, err := digest.OpenRoot(task.Process); err == nil {
+			return root
+		}
+	}
+	return nil
 }
 
 // signature returns security.ima if the template shows it and it is a signature. A file that can't be opened any more is taken

@@ -309,9 +309,13 @@ func (t *Tree) Death(ns event.MountNS) error {
 	return errors.Join(errs...)
 }
 
-// Mark tells the kernel side that a content needs no event any more.
+// Mark tells the kernel side that a content needs no event any more. In a namespace that has ended meanwhile there will be none.
 func (t *Tree) Mark(ns event.MountNS, key event.MeasuredKey) error {
-	if s, ok := t.known(ns); ok && s != t.native {
+	s, ok := t.known(ns)
+	if !ok {
+		return nil
+	}
+	if s != t.native {
 		s.marks = append(s.marks, key)
 	}
 	return t.config.Kernel.MarkMeasured(key)

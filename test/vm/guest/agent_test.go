@@ -273,6 +273,9 @@ func exits(t *testing.T, name string, args ...string) (int, string) {
 	return 0, string(out)
 }
 
+// short reports whether IMANS_SHORT is set: there is little time, so what differs in surroundings only is left out.
+func short() bool { return os.Getenv("IMANS_SHORT") != "" }
+
 // soak returns the full size where IMANS_SOAK is set, else the everyday one.
 func soak(everyday, full int) int {
 	if os.Getenv("IMANS_SOAK") != "" {

@@ -39,7 +39,7 @@ func marked(t *testing.T) string {
 
 // The boxes are what the tests below take them for.
 func TestWindowBoxes(t *testing.T) {
-	for _, kind := range boxKinds {
+	for _, kind := range kinds() {
 		t.Run(kind.name, func(t *testing.T) {
 			dir := marked(t)
 			b := kind.start(t, dir)
@@ -147,7 +147,7 @@ func TestWindowScripts(t *testing.T) {
 		for _, name := range scripts {
 			t.Run(kind.name+"/"+name, func(t *testing.T) {
 				b := kind.start(t, a.windowDir())
-				b.script(t, name, "")
+				b.script(t, name, fmt.Sprintf("ROUNDS=%d", soak(40, 200)))
 				if !slices.Contains([]string{"activation", "ids", "nested"}, name) {
 					a.verifyNow(b.ns())
 				}

@@ -1,7 +1,7 @@
 // Command vmtest runs the tests of the vm build tag on the kernels of the matrix.
 //
-//	vmtest [-run REGEXP] [-kernel 6.1,6.12] [-timeout 20m] [-parallel 2] [-soak] [-cover FILE]
-//	[-programs=false] [-append OPTIONS]
+//	vmtest [-run REGEXP] [-kernel 6.1,6.12] [-timeout 20m] [-parallel 2] [-short | -soak]
+//	[-cover FILE] [-programs=false] [-append OPTIONS]
 //
 // It ends with a table and a line "N passed, N failed, N skipped". A kernel that Debian's archive does not have (any more)
 // is named before the table and counted nowhere. Exit status: 0 all passed, 1 something failed or nothing ran, 2 misuse
@@ -42,7 +42,8 @@ type options struct {
 	run, cover, more string
 	limit            time.Duration
 	parallel         int
-	soak, programs   bool
+	short, soak      bool
+	programs         bool
 	kernels          []vm.Kernel
 }
 
@@ -87,6 +88,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	kernels := flags.String("kernel", "", "kernels of the matrix, separated by commas (default all)")
 	flags.DurationVar(&o.limit, "timeout", 20*time.Minute, "longest time for one machine")
 	flags.IntVar(&o.parallel, "parallel", 2, "machines at a time")
+	flags.BoolVar(&o.short, "short", false, "set IMANS_SHORT=1 for the tests")
 	flags.BoolVar(&o.soak, "soak", false, "set IMANS_SOAK=1 for the tests")
 	flags.StringVar(&o.cover, "cover", "", "measure coverage and write the profile to this file")
 	flags.BoolVar(&o.programs, "programs", true, "put the agent and the probe programs into the machine")
@@ -96,6 +98,9 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	}
 	if flags.NArg() > 0 {
 		return o, fmt.Errorf("unexpected argument %q; see vmtest -help", flags.Arg(0))
+	}
+	if o.short && o.soak {
+		return o, errors.New("-short and -soak: choose one")
 	}
 	if o.parallel < 1 {
 		return o, fmt.Errorf("-parallel %d: at least one machine", o.parallel)

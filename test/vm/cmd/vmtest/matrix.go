@@ -18,6 +18,7 @@ import (
 const (
 	// suiteMargin is how much earlier than the machine a suite times out, so that its goroutines' stacks are seen.
 	suiteMargin = 20 * time.Second
+	shortName   = "IMANS_SHORT"
 	soakName    = "IMANS_SOAK"
 	requireName = "IMANS_REQUIRE_VM"
 )
@@ -115,6 +116,9 @@ func (m *matrix) one(ctx context.Context, img *vm.Image, payload *vm.Payload) ke
 // environment is what tests may ask about.
 func (m *matrix) environment(k vm.Kernel) []string {
 	env := []string{"IMANS_VM_KERNEL=" + k.Name}
+	if m.short {
+		env = append(env, shortName+"=1")
+	}
 	if m.soak {
 		env = append(env, soakName+"=1")
 	}

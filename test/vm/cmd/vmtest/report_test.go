@@ -59,7 +59,7 @@ func TestParse(t *testing.T) {
 	if err != nil || len(o.kernels) != 2 || o.kernels[0].Name != "6.18" || !o.soak || !o.programs {
 		t.Errorf("got %+v, %v", o, err)
 	}
-	for _, args := range [][]string{{"-kernel", "6.2"}, {"-parallel", "0"}, {"stray"}, {"-nosuch"}} {
+	for _, args := range [][]string{{"-kernel", "6.2"}, {"-parallel", "0"}, {"-short", "-soak"}, {"stray"}, {"-nosuch"}} {
 		if _, err := parse(args, &bytes.Buffer{}); err == nil {
 			t.Errorf("%v was accepted", args)
 		}

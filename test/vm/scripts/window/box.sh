@@ -21,4 +21,4 @@ fi
 [ "$levels" = 1 ] || exec unshare --user --map-root-user --mount --pid --fork sh /scripts/box.sh $((levels - 1)) /
 [ "$root" != / ] || mount -t proc proc /proc
 : >/ready
-read -r _ </stop
+until read -r _ </stop; do :; done # a child that ends interrupts the open

@@ -1,0 +1,233 @@
+//go:build vm
+
+package guest
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/test/vm/scripts/window"
+)
+
+// Namespaces that come and go leave nothing behind: no file descriptor, process, mount, file, map entry or memory of theirs.
+func TestWindowEnd(t *testing.T) {
+	for _, c := range []struct {
+		tpm    string
+		cycles int
+	}{{"none", soak(1000, 10000)}, {"swtpm", soak(20, 1000)}} {
+		t.Run(c.tpm, func(t *testing.T) {
+			a := newAgent(t, "--ns-tpm", c.tpm, "--namespaces", "all")
+			a.start()
+			a.cycle(c.cycles / 5)
+			before, memory := a.leavings(), a.memory()
+			began := time.Now()
+			a.cycle(c.cycles)
+			t.Logf("%d cycles in %v; held: %v; memory %d KiB, before %d KiB", c.cycles, time.Since(began).Round(time.Second), before, a.memory(), memory)
+			const asking = 8 // descriptors, for the connections of this test's own questions
+			before["file descriptors"] += asking
+			for what, n := range a.leavings() {
+				if n > before[what] {
+					t.Errorf("%s: %d, before %d", what, n, before[what])
+				}
+			}
+			if grown := a.memory() - memory; grown > 16<<10 {
+				t.Errorf("the agent's memory has grown by %d KiB", grown)
+			}
+			if status, err := a.client().Status(t.Context()); err != nil || len(status.Lost) > 0 {
+				t.Errorf("lost: %v, %v", status.Lost, err)
+			}
+		})
+	}
+}
+
+// cycle makes mount namespaces one after another, runs a program in each, and waits until the agent has let go of the last.
+func (a *agent) cycle(n int) {
+	a.t.Helper()
+	count := len(a.namespaces())
+	failed := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked
+		home, err := os.Open("/proc/thread-self/ns/mnt")
+		if err != nil {
+			failed <- err
+			return
+		}
+		defer home.Close()
+		for range n {
+			if err = unix.Unshare(unix.CLONE_NEWNS); err == nil {
+				err = exec.Command("/bin/true").Run()
+			}
+			if err != nil {
+				break
+			}
+		}
+		failed <- errors.Join(err, unix.Setns(int(home.Fd()), unix.CLONE_NEWNS))
+	}()
+	if err := <-failed; err != nil {
+		a.t.Fatal(err)
+	}
+	for deadline := time.Now().Add(3 * time.Minute); len(a.namespaces()) > count; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			a.t.Fatalf("%d namespaces, %d before", len(a.namespaces()), count)
+		}
+	}
+}
+
+// leavings counts what a namespace could leave behind.
+func (a *agent) leavings() map[string]int {
+	a.t.Helper()
+	held := map[string]int{
+		"processes": strings.Count(sh(a.t, "ps -e -o comm="), "swtpm"),
+		"mounts":    strings.Count(readFile(a.t, "/proc/self/mountinfo"), "\n"),
+	}
+	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", a.cmd.Process.Pid))
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	held["file descriptors"] = len(fds)
+	for _, dir := range []string{"state", "run"} {
+		err := filepath.WalkDir(filepath.Join(a.dir, dir), func(_ string, d fs.DirEntry, err error) error {
+			held["files in "+dir]++
+			return err
+		})
+		if err != nil {
+			a.t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"mount_namespaces", "namespace_ids", "measured_contents", "measured_by_subject"} {
+		held[name] = a.mapEntries(name)
+	}
+	return held
+}
+
+// mapEntries counts the entries of a pinned map.
+func (a *agent) mapEntries(name string) int {
+	a.t.Helper()
+	m, err := ebpf.LoadPinnedMap("/sys/fs/bpf/"+filepath.Base(a.dir)+"/map_"+name, &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	defer m.Close()
+	n := 0
+	key, value := make([]byte, m.KeySize()), make([]byte, m.ValueSize())
+	entries := m.Iterate()
+	for entries.Next(&key, &value) {
+		n++
+	}
+	if err := entries.Err(); err != nil {
+		a.t.Fatalf("map %s: %v", name, err)
+	}
+	return n
+}
+
+// memory returns the agent's own memory in KiB.
+func (a *agent) memory() int {
+	a.t.Helper()
+	for line := range strings.Lines(readFile(a.t, fmt.Sprintf("/proc/%d/status", a.cmd.Process.Pid))) {
+		if rest, ok := strings.CutPrefix(line, "RssAnon:"); ok {
+			kib, err := strconv.Atoi(strings.Fields(rest)[0])
+			if err != nil {
+				a.t.Fatal(err)
+			}
+			return kib
+		}
+	}
+	a.t.Fatal("no RssAnon")
+	return 0
+}
+
+// Many namespaces at once, each with its own settings, do not disturb one another.
+func TestWindowMany(t *testing.T) {
+	t.Run("swtpm", func(t *testing.T) { manyNamespaces(t, soak(10*runtime.NumCPU(), 200), "swtpm") })
+	if soak(0, 1) > 0 { // as many vTPMs would not fit into the machine
+		t.Run("none", func(t *testing.T) { manyNamespaces(t, 1000, "none") })
+	}
+}
+
+func manyNamespaces(t *testing.T, many int, tpm string) {
+	a := startAgent(t, "--namespaces", "lazy", "--ns-tpm", tpm)
+	dir := tempDir(t, "/root")
+	for _, name := range []string{"many.sh", "lib.sh"} {
+		text, err := window.Scripts.ReadFile(name)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, name), text, 0o755)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	hashes, templates := []string{"sha1", "sha256", "sha384", "sha512"}, []string{"ima-ng", "ima-sig"}
+	var all []*exec.Cmd
+	var outs []*strings.Builder
+	wait := func(name string) {
+		t.Helper()
+		sh(t, fmt.Sprintf("for i in $(seq 2800); do [ $(ls %s/*/%s 2>/dev/null | wc -l) = %d ] && exit 0; sleep 0.1; done; exit 1", dir, name, many))
+	}
+	defer func() {
+		os.WriteFile(dir+"/start", nil, 0o600)
+		os.WriteFile(dir+"/end", nil, 0o600)
+		for _, cmd := range all {
+			cmd.Wait()
+		}
+	}()
+	for i := range many {
+		work := fmt.Sprintf("%s/%d", dir, i)
+		if err := os.Mkdir(work, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		cmd, out := exec.Command("unshare", "--mount", "sh", dir+"/many.sh"), &strings.Builder{}
+		cmd.Env = append(os.Environ(), "IMA="+a.windowDir()+"/ima", "WORK="+work, "START="+dir+"/start", "END="+dir+"/end",
+			"HASH="+hashes[i%len(hashes)], "TEMPLATE="+templates[i/2%len(templates)], fmt.Sprintf("NUMBER=%d", 2000+i))
+		cmd.Stdout, cmd.Stderr = out, out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		all, outs = append(all, cmd), append(outs, out)
+	}
+	wait("ready")
+	if err := os.WriteFile(dir+"/start", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	wait("done")
+	for _, cmd := range all {
+		if name := fmt.Sprint(mountNS(t, cmd.Process.Pid)); tpm != "none" {
+			a.verifyNow(name)
+		} else if n := len(a.list(name)); n != 3 {
+			t.Errorf("namespace %s: %d entries, want boot_aggregate and 2", name, n)
+		}
+	}
+	if err := os.WriteFile(dir+"/end", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var ended sync.WaitGroup
+	for _, cmd := range all {
+		ended.Go(func() { cmd.Wait() })
+	}
+	ended.Wait()
+	for i, out := range outs {
+		if v := readVerdict(out.String()); len(v.failed) > 0 || len(v.ok) != v.planned || v.planned < 1 {
+			t.Errorf("namespace %d: %s", i, out)
+		}
+	}
+	all = nil
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+		if left := strings.Fields(sh(t, "pgrep swtpm || true")); len(left) <= len(a.namespaces()) {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatalf("%d swtpm processes for %d namespaces", len(left), len(a.namespaces()))
+		}
+	}
+}
