@@ -142,9 +142,7 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	}
 	group.Go(func() error {
 		if window != nil { // before the first answer: who gets one finds the windows alive
-			if err := reattach(ctx, windowDir, log); err != nil {
-				return err
-			}
+			reattach(ctx, windowDir, log)
 		}
 		return server.Run(ctx)
 	})

@@ -142,23 +142,30 @@ func parseRules(text []byte) (*policy.Policy, error) {
 	return p, nil
 }
 
-// reattachTimeout bounds how long the control socket waits for that.
+// reattachTimeout bounds how long the control socket waits for reattach.
 const reattachTimeout = 30 * time.Second
 
-// reattach brings the windows of running containers back to life.
-func reattach(ctx context.Context, dir string, log *zap.Logger) error {
-	targets, err := container.Processes()
-	if err != nil {
-		return fmt.Errorf("look for containers with a window: %w", err)
+// reattach brings the windows of running containers back to life. What a container holds up goes on behind.
+func reattach(ctx context.Context, dir string, log *zap.Logger) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		targets, err := container.Processes()
+		n := 0
+		if err == nil {
+			n, err = container.Reattach(ctx, dir, targets)
+		}
+		if err != nil {
+			log.Warn("some windows are not alive again; imans-agent ns window ID tries once more", zap.Error(err))
+		}
+		if n > 0 {
+			log.Info("windows of running containers are alive again", zap.Int("windows", n))
+		}
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	case <-time.After(reattachTimeout):
+		log.Warn("the windows of running containers are not alive again yet")
 	}
-	ctx, cancel := context.WithTimeout(ctx, reattachTimeout)
-	defer cancel()
-	n, err := container.Reattach(ctx, dir, targets)
-	if err != nil {
-		log.Warn("some windows are not alive again; imans-agent ns window ID tries once more", zap.Error(err))
-	}
-	if n > 0 {
-		log.Info("windows of running containers are alive again", zap.Int("windows", n))
-	}
-	return nil
 }

@@ -14,6 +14,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/proc"
 )
 
 // errEnded means that a process has ended.
@@ -149,46 +151,61 @@ func Process(inum uint32) (Target, error) {
 	return Target{}, fmt.Errorf("no process is in namespace %d: %w", inum, fs.ErrNotExist)
 }
 
-// Processes returns the oldest process of each mount namespace, the oldest first: outer namespaces come before inner ones.
+// Processes returns the oldest process of each mount namespace, the oldest first: outer namespaces come before inner ones. Those
+// that can't be looked at now are left out.
 func Processes() ([]Target, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, fmt.Errorf("look for processes: %w", err)
 	}
-	type found struct {
-		pid   int
-		start uint64
-	}
-	oldest := make(map[uint32]found)
+	oldest := make(map[uint32]aged)
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil {
 			continue
 		}
-		link, err := os.Readlink("/proc/" + e.Name() + "/ns/mnt")
-		if err != nil {
-			continue // ended, or a zombie
+		p, ok := proc.Ask(pid, func() *aged { return lookAt(pid) })
+		if !ok || p == nil {
+			continue // ended, or a zombie, or it lets us wait
 		}
-		inum, err := strconv.ParseUint(strings.Trim(link, "mnt:[]"), 10, 32)
-		if err != nil {
-			continue
-		}
-		start, err := startTime(pid)
-		if o, ok := oldest[uint32(inum)]; err == nil && (!ok || start < o.start) {
-			oldest[uint32(inum)] = found{pid, start}
+		if o, ok := oldest[p.Inum]; !ok || p.start < o.start {
+			oldest[p.Inum] = *p
 		}
 	}
-	inums := slices.SortedFunc(maps.Keys(oldest), func(a, b uint32) int {
-		return cmp.Or(cmp.Compare(oldest[a].start, oldest[b].start), cmp.Compare(oldest[a].pid, oldest[b].pid))
+	found := slices.SortedFunc(maps.Values(oldest), func(a, b aged) int {
+		return cmp.Or(cmp.Compare(a.start, b.start), cmp.Compare(a.PID, b.PID))
 	})
-	targets := make([]Target, len(inums))
-	for i, inum := range inums {
-		targets[i] = Target{PID: oldest[inum].pid, Inum: inum}
+	targets := make([]Target, len(found))
+	for i, p := range found {
+		targets[i] = p.Target
 	}
 	return targets, nil
 }
 
-// startTime returns when a process began, in clock ticks since boot: field 22 of /proc/PID/stat, the 20th behind the name,
+// aged is a process with when it began, in clock ticks since boot.
+type aged struct {
+	Target
+	start uint64
+}
+
+// lookAt returns what Processes wants to know of a process; nil if it is gone.
+func lookAt(pid int) *aged {
+	link, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid))
+	if err != nil {
+		return nil
+	}
+	inum, err := strconv.ParseUint(strings.Trim(link, "mnt:[]"), 10, 32)
+	if err != nil {
+		return nil
+	}
+	start, err := startTime(pid)
+	if err != nil {
+		return nil
+	}
+	return &aged{Target{PID: pid, Inum: uint32(inum)}, start}
+}
+
+// startTime returns when a process began: field 22 of /proc/PID/stat, the 20th behind the name,
 // which is in parentheses and may have any character.
 func startTime(pid int) (uint64, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))

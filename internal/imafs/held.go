@@ -7,26 +7,33 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/proc"
 )
 
-// heldOpen reports whether a process of that mount namespace has the file of that inode number open for writing. It asks no file
-// system but proc: what others run could let it wait for ever.
+// heldOpen reports whether a process of that mount namespace has, or may have, the file of that inode number open for writing. It
+// asks no file system but proc: what others run could let it wait for ever. The process that closes the file may be one of those
+// that proc itself waits for.
 func heldOpen(inum uint32, ino uint64) bool {
-	proc, err := os.Open("/proc")
+	dir, err := os.Open("/proc")
 	if err != nil {
 		return false
 	}
-	defer proc.Close()
-	names, err := proc.Readdirnames(-1)
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
 	if err != nil {
 		return false
 	}
 	for _, name := range names {
-		pid, err := strconv.ParseUint(name, 10, 32)
+		pid, err := strconv.ParseUint(name, 10, 31)
 		if err != nil {
 			continue
 		}
-		if n, err := callerNS(uint32(pid)); err == nil && n == inum && holds(pid, ino) {
+		held, ok := proc.Ask(int(pid), func() bool {
+			n, err := callerNS(uint32(pid))
+			return err == nil && n == inum && holds(pid, ino)
+		})
+		if held || !ok {
 			return true
 		}
 	}

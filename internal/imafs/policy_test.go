@@ -2,6 +2,7 @@ package imafs
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -266,6 +267,24 @@ func TestWriterElsewhere(t *testing.T) {
 	}
 	if want := mmap + "measure func=CREDS_CHECK \n"; v.rules() != want {
 		t.Errorf("in force %q, want %q", v.rules(), want)
+	}
+}
+
+// TestWriterBecomesAnother: a process that executes a program closes the descriptor in doing so, and proc may not tell of it before
+// that is done. The close goes on, and the rules are in force soon.
+func TestWriterBecomesAnother(t *testing.T) {
+	w, v := openActive(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	const line = `open(F, ">", $ARGV[0]) && syswrite(F, "measure func=MMAP_CHECK\n") && exec "true"; exit 1`
+	if out, err := exec.CommandContext(ctx, "perl", "-e", line, w.path("policy")).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for v.rules() != mmap {
+		if ctx.Err() != nil {
+			t.Fatalf("in force %q", v.rules())
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 }
 
