@@ -95,6 +95,23 @@ func (v *view) RequestNew(ctx context.Context, c *imafs.Caller) error {
 	return v.do(ctx, func(context.Context) error { return v.tree.RequestNew(v.ns, c.TGID) })
 }
 
+func (v *view) WithdrawNew(ctx context.Context, c *imafs.Caller) error {
+	return v.do(ctx, func(context.Context) error { return v.tree.WithdrawNew(v.ns, c.TGID) })
+}
+
+func (v *view) Requested(ctx context.Context, c *imafs.Caller) (asked bool, err error) {
+	answer := make(chan bool, 1) // the change may be made when nobody waits any more
+	err = v.do(ctx, func(context.Context) error {
+		asked, err := v.tree.Requested(v.ns, c.TGID)
+		answer <- asked
+		return err
+	})
+	if err != nil {
+		return false, err
+	}
+	return <-answer, nil
+}
+
 // Barrier also begins the list of a namespace that is active and has none yet.
 func (v *view) Barrier(ctx context.Context) error {
 	if now := v.now(); now.Info.Active && now.List == nil {

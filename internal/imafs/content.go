@@ -12,10 +12,10 @@ func content(k kind, t *task, view View) func(ctx context.Context) (string, erro
 	return func(ctx context.Context) (string, error) {
 		switch k {
 		case kindActive:
-			if view.Active() {
-				return "1\n", nil
-			}
-			return "0\n", nil
+			return flag(view.Active()), nil
+		case kindNewNS:
+			asked, err := view.Requested(ctx, &t.Caller)
+			return flag(asked), err
 		case kindHash:
 			return view.HashName() + "\n", nil
 		case kindTemplate:
@@ -38,14 +38,24 @@ func content(k kind, t *task, view View) func(ctx context.Context) (string, erro
 	}
 }
 
+func flag(set bool) string {
+	if set {
+		return "1\n"
+	}
+	return "0\n"
+}
+
 // change returns what a write to a file does. Only files whose mode allows it are written to.
 func change(k kind, t *task, view View) func(ctx context.Context, value string) error {
 	return func(ctx context.Context, value string) error {
 		if k == kindNewNS {
-			if value != "1" {
-				return unix.EINVAL
+			switch value {
+			case "0":
+				return view.WithdrawNew(ctx, &t.Caller)
+			case "1":
+				return view.RequestNew(ctx, &t.Caller)
 			}
-			return view.RequestNew(ctx, &t.Caller)
+			return unix.EINVAL
 		}
 		if view.Active() {
 			return unix.EBUSY

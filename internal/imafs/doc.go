@@ -20,7 +20,8 @@
 //
 //	active                              0644  0 or 1; 1 can be written once
 //	hash, template_name                 0644  can be written until then
-//	newns                               0200  1: the writer's next clone of a mount namespace becomes an IMA namespace
+//	newns                               0600  1: the next clone of a mount namespace by the caller's process tree becomes an IMA
+//	                                          namespace; that clone or writing 0 makes it 0 again
 //	policy                              0600
 //	{ascii,binary}_runtime_measurements{,_sha1,_sha256,_sha384,_sha512}  0440
 //	runtime_measurements_count, violations                               0440
@@ -35,10 +36,10 @@
 //
 //	EACCES  before activation, all but active, hash, template_name and newns (and writing policy where that activates); a mode that forbids it; to open policy for reading
 //	        and writing; to write without CAP_SYS_ADMIN (or CAP_MAC_ADMIN) in the user namespace that owns the mount namespace,
-//	        and without being its root or having CAP_DAC_OVERRIDE there; newns for reading; to make files
+//	        and without being its root or having CAP_DAC_OVERRIDE there; to make files
 //	EPERM   to read policy without that capability; to change owners and modes, to remove or rename
 //	EBUSY   someone has policy open for writing; to write active, hash or template_name when active; another file is being loaded
-//	EINVAL  what is not a rule, an algorithm, a template, or 1; a write elsewhere than where the last one ended
+//	EINVAL  what is not a rule, an algorithm, a template, or 1 (0 too to newns); a write elsewhere than where the last one ended
 //	EAGAIN  what the kernel recorded could not be brought into the lists within two seconds
 //	EMFILE  a namespace has 1024 files open
 //	ENODEV  the namespace has ended

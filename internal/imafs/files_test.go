@@ -109,9 +109,6 @@ func TestBeforeActivation(t *testing.T) {
 	}
 	w.want(`cd $W/ima; cat active hash template_name runtime_measurements_count violations policy
 		cut -d' ' -f3- ascii_runtime_measurements | cut -c1-21`, "1\nsha384\nd-ng|n-ng|sig\n1\n0\nd-ng|n-ng|sig sha384:\n")
-	if err := openErr(w.path("newns"), unix.O_RDONLY); err != unix.EACCES {
-		t.Errorf("open newns for reading: %v", err)
-	}
 	if v.hash != "sha384" {
 		t.Errorf("the view has %s", v.hash)
 	}
@@ -134,14 +131,23 @@ func TestSettingsWriteAgain(t *testing.T) {
 	}
 }
 
-// TestNewNS: the request comes with who made it.
+// TestNewNS: the request comes with who made it, can be read, and taken back.
 func TestNewNS(t *testing.T) {
 	w := open(t)
+	w.want(`cd $W/ima; cat newns; echo 1 > newns; cat newns; stat -c %s,%a newns; echo 0 > newns; cat newns; echo 0 > newns && cat newns`,
+		"0\n1\n2,600\n0\n0\n")
+	w.want(`cat $W/ima/newns 2>/dev/null || echo refused; (echo 1 > $W/ima/newns) 2>/dev/null || echo refused`, "refused\nrefused\n", as(65534))
 	if err := os.WriteFile(w.path("newns"), []byte("1\n"), 0); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(w.path("newns"), []byte("2\n"), 0); !errors.Is(err, unix.EINVAL) {
-		t.Errorf("2: %v", err)
+	for _, garbage := range []string{"2\n", "\n", "-1", "01", "1 ", "yes", "\x00", strings.Repeat("1", 1<<20)} {
+		if err := os.WriteFile(w.path("newns"), []byte(garbage), 0); !errors.Is(err, unix.EINVAL) {
+			t.Errorf("%.20q: %v", garbage, err)
+		}
+	}
+	fd := mustOpen(t, w.path("newns"), unix.O_RDWR)
+	if got := readAll(t, fd, 1); string(got) != "1\n" {
+		t.Errorf("read %q", got)
 	}
 	v := w.own()
 	if len(v.requested) != 1 || v.requested[0].TGID != uint32(os.Getpid()) || v.requested[0].NS.Inum != v.ns.Inum {

@@ -73,7 +73,7 @@ var files = []file{
 	{"active", 0o644, kindActive, 0},
 	{"hash", 0o644, kindHash, 0},
 	{"template_name", 0o644, kindTemplate, 0},
-	{"newns", 0o200, kindNewNS, 0},
+	{"newns", 0o600, kindNewNS, 0},
 	{"policy", 0o600, kindPolicy, 0},
 	{"ascii_runtime_measurements", 0o440, kindASCII, ima.SHA1},
 	{"ascii_runtime_measurements_sha1", 0o440, kindASCII, ima.SHA1},

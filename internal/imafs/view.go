@@ -38,6 +38,10 @@ type View interface {
 	SetTemplate(name string) error
 	// RequestNew makes the next mount namespace cloned by the caller's process tree an IMA namespace.
 	RequestNew(ctx context.Context, c *Caller) error
+	// WithdrawNew takes back what the caller's process tree asked for and no clone has taken.
+	WithdrawNew(ctx context.Context, c *Caller) error
+	// Requested reports whether a mount namespace that the caller cloned now would be one that was asked for.
+	Requested(ctx context.Context, c *Caller) (bool, error)
 	// Barrier waits until all that the kernel recorded before the call is in the lists.
 	Barrier(ctx context.Context) error
 	// List is the measurement list; nil before activation.

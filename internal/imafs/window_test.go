@@ -164,6 +164,17 @@ func (v *fakeView) RequestNew(_ context.Context, c *Caller) error {
 	return nil
 }
 
+func (v *fakeView) WithdrawNew(context.Context, *Caller) error {
+	defer v.lock()()
+	v.requested = nil
+	return nil
+}
+
+func (v *fakeView) Requested(context.Context, *Caller) (bool, error) {
+	defer v.lock()()
+	return len(v.requested) > 0, nil
+}
+
 func (v *fakeView) Barrier(ctx context.Context) error {
 	unlock := v.lock()
 	wait := v.barrier

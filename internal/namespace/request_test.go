@@ -37,6 +37,43 @@ func TestRequestedByTheProcessTree(t *testing.T) {
 	}
 }
 
+// Reading and taking back mean the request that a clone by the caller would take.
+func TestRequestsAreReadAndWithdrawn(t *testing.T) {
+	self, parent := uint32(os.Getpid()), uint32(os.Getppid())
+	const gone, stranger = 1 << 22, 1<<22 + 1
+	s := &State{ns: event.MountNS{Inum: 1, ID: 1}}
+	tree := &Tree{states: map[uint64]*State{1: s}}
+	asked := func(tgid uint32, want bool) {
+		t.Helper()
+		if got, err := tree.Requested(s.ns, tgid); err != nil || got != want {
+			t.Errorf("asked for by %d: %v, %v", tgid, got, err)
+		}
+	}
+	asked(self, false)
+	for range 2 {
+		if err := tree.RequestNew(s.ns, parent); err != nil {
+			t.Fatal(err)
+		}
+	}
+	asked(self, true)
+	asked(parent, true)
+	asked(stranger, false)
+	if err := tree.WithdrawNew(s.ns, stranger); err != nil || len(s.requests) != 1 {
+		t.Errorf("a stranger leaves %d requests, %v", len(s.requests), err)
+	}
+	s.requests = append(s.requests, request{tgid: gone, parent: parent})
+	if err := tree.RequestNew(s.ns, self); err != nil || len(s.requests) != 2 {
+		t.Errorf("%d requests after one in place of another, %v", len(s.requests), err)
+	}
+	if err := tree.WithdrawNew(s.ns, self); err != nil || len(s.requests) != 0 {
+		t.Errorf("%d requests are left, %v", len(s.requests), err)
+	}
+	asked(parent, false)
+	if _, err := tree.Requested(event.MountNS{Inum: 2, ID: 2}, self); err != ErrEnded {
+		t.Errorf("of a namespace that is gone: %v", err)
+	}
+}
+
 func TestParentOf(t *testing.T) {
 	if got := parentOf(uint32(os.Getpid())); got != uint32(os.Getppid()) {
 		t.Errorf("parent %d, want %d", got, os.Getppid())
