@@ -123,9 +123,7 @@ func (v *view) Barrier(ctx context.Context) error {
 func (v *view) List() *measure.List { return v.now().List }
 
 func (v *view) PolicyText(c *imafs.Caller) string {
-	now := v.now()
-	p, _ := now.Policy.MapIDs(c.UIDs.ShowHost, c.GIDs.ShowHost)
-	return p.String()
+	return v.now().Policy.StringIn(callerMaps(c))
 }
 
 func (v *view) CheckPolicy(c *imafs.Caller, text []byte) error {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"syscall"
 
 	"go.uber.org/zap"
@@ -136,7 +135,7 @@ func (t *Tree) AppendPolicy(ctx context.Context, ns event.MountNS, rules *policy
 	if !s.active && t.config.Mode != Lazy {
 		return ErrInactive
 	}
-	rules, err := hostRules(rules, maps)
+	rules, err := writtenRules(rules, maps)
 	if err != nil {
 		return err
 	}
@@ -154,9 +153,9 @@ func (t *Tree) AppendPolicy(ctx context.Context, ns event.MountNS, rules *policy
 	return tooMany
 }
 
-// hostRules returns rules with the host's ids. Source: ima_parse_rule, which refuses an id without a kernel id.
-func hostRules(rules *policy.Policy, maps ima.IDMaps) (*policy.Policy, error) {
-	mapped, unmapped := rules.MapIDs(maps.UIDs.ToHost, maps.GIDs.ToHost)
+// writtenRules returns rules with the ids of who wrote them. Source: ima_parse_rule, which refuses an id without a kernel id.
+func writtenRules(rules *policy.Policy, maps ima.IDMaps) (*policy.Policy, error) {
+	mapped, unmapped := rules.WrittenIn(maps)
 	if unmapped != nil {
 		return nil, fmt.Errorf("rule %q names an id that its writer's user namespace does not have: %w", unmapped.Text, syscall.EINVAL)
 	}
@@ -165,7 +164,7 @@ func hostRules(rules *policy.Policy, maps ima.IDMaps) (*policy.Policy, error) {
 
 // CheckPolicy says why rules by themselves could not be appended now. From any goroutine.
 func (t *Tree) CheckPolicy(ns event.MountNS, rules *policy.Policy, maps ima.IDMaps) error {
-	if _, err := hostRules(rules, maps); err != nil {
+	if _, err := writtenRules(rules, maps); err != nil {
 		return err
 	}
 	s, ok := t.known(ns)
@@ -216,10 +215,7 @@ func (s *State) setPolicy(ctx context.Context, p *policy.Policy) error {
 
 // nsPolicy returns the policy for new namespaces in a namespace of those ids, whose numbers its rules mean.
 func (c *Config) nsPolicy(ids ima.IDMaps) *policy.Policy {
-	if slices.Equal(ids.UIDs, ima.InitialIDs()) && slices.Equal(ids.GIDs, ima.InitialIDs()) {
-		return c.NSPolicy
-	}
-	p, _ := c.NSPolicy.MapIDs(ids.UIDs.ToHost, ids.GIDs.ToHost)
+	p, _ := c.NSPolicy.WrittenIn(ids)
 	return p
 }
 
@@ -247,7 +243,7 @@ func (t *Tree) IDMaps(m *event.IDMaps) error {
 	t.mu.Lock()
 	s.ids = maps
 	s.idsKnown = len(maps.UIDs) > 0 && len(maps.GIDs) > 0
-	renumbered := s.active && !s.own && t.config.NSPolicy.NamesIDs()
+	renumbered := s.active && !s.own && t.config.NSPolicy.NamesAnyIDs()
 	if renumbered {
 		s.policy = t.config.nsPolicy(maps)
 	}

@@ -41,7 +41,7 @@ type State struct {
 	idsKnown   bool       // they will not change any more
 	parent     *State     // nil: the native namespace
 	children   []*State
-	policy     *policy.Policy // swapped whole; its ids are the host's
+	policy     *policy.Policy // swapped whole
 	generation uint64         // of the chain's policies
 	list       *measure.List  // nil until the first entry
 	swtpm      *vtpm.Instance // nil: none yet, or lost
@@ -67,8 +67,9 @@ type stateFile struct {
 	ParentID   uint64 `json:"parent_id"`
 	Template   string `json:"template"`
 	Hash       string `json:"hash"`
-	// What was written to it, with ids as the host has them; none: it has the policy for new namespaces.
-	Policy *string `json:"policy,omitempty"`
+	// What was written to it; none: it has the policy for new namespaces.
+	Policy []policy.Part `json:"policy,omitempty"`
+	Own    bool          `json:"own,omitempty"` // it was written to, if only nothing
 }
 
 const stateFileName = "namespace.json"
@@ -105,15 +106,28 @@ func (s *State) restore(f stateFile) error {
 	if !s.active {
 		p = s.tree.config.nsPolicy(s.ids)
 	}
-	if f.Policy != nil {
-		p, err = policy.Parse(stateFileName, []byte(*f.Policy))
+	if f.Own {
+		p, err = restorePolicy(f.Policy)
 	}
 	if err != nil || !ok || imalog.CheckTemplate(f.Template) != nil {
 		return fmt.Errorf("restore namespace %v from %s: hash %q, template %q, %v; move its folder away and restart",
 			s.ns, s.dir, f.Hash, f.Template, err)
 	}
-	s.active, s.template, s.algo, s.policy, s.own = true, f.Template, algo, p, f.Policy != nil
+	s.active, s.template, s.algo, s.policy, s.own = true, f.Template, algo, p, f.Own
 	return nil
+}
+
+func restorePolicy(parts []policy.Part) (*policy.Policy, error) {
+	p := &policy.Policy{}
+	for _, part := range parts {
+		rules, err := policy.Parse(stateFileName, []byte(part.Text))
+		if err != nil {
+			return nil, err
+		}
+		rules, _ = rules.WrittenIn(part.IDs)
+		p = policy.Append(p, rules)
+	}
+	return p, nil
 }
 
 // record writes the state file, if the namespace has a folder.
@@ -130,8 +144,7 @@ func (s *State) writeRecord() error {
 		Inum: s.ns.Inum, ID: s.ns.ID, ParentInum: p.Inum, ParentID: p.ID, Template: s.template, Hash: s.algo.String(),
 	}
 	if s.own {
-		text := s.policy.String()
-		f.Policy = &text
+		f.Own, f.Policy = true, s.policy.Parts()
 	}
 	b, err := json.Marshal(f)
 	if err != nil {

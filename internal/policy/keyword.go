@@ -179,7 +179,7 @@ func (r *Rule) parseID(c *idCondition, own, other flag, op byte, value string) e
 	if err != nil || id == 1<<32-1 {
 		return errors.New("not an id; write a number from 0 to 4294967294")
 	}
-	*c = idCondition{op, uint32(id)}
+	*c = idCondition{op: op, id: uint32(id)}
 	r.flags |= own
 	return nil
 }

@@ -37,13 +37,6 @@ func Append(first, second *Policy) *Policy {
 	return p
 }
 
-// NamesIDs reports whether any rule looks at a user or group id of the subject.
-func (p *Policy) NamesIDs() bool {
-	return slices.ContainsFunc(p.rules, func(r *Rule) bool {
-		return r.has(flagUID | flagEUID | flagGID | flagEGID)
-	})
-}
-
 // Asks returns the actions that some event of that function and mask can get: what is not among them, no Match of such
 // an event returns. It looks at nothing else of an event, so that an event can be left aside before anything is found
 // out about it.

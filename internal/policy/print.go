@@ -3,18 +3,25 @@ package policy
 import (
 	"fmt"
 	"strings"
+
+	"imans.dev/imans-agent/internal/ima"
 )
 
-// String prints the rules as the kernel's policy file does, one a line, each with a space before its newline.
-func (p *Policy) String() string {
+// String prints the rules as the kernel's policy file does, one a line, each with a space before its newline, with the ids that
+// the host has.
+func (p *Policy) String() string { return p.StringIn(ima.InitialMaps()) }
+
+// StringIn is String for a reader in a user namespace of those maps: ids are what they are there, ima.OverflowID if nothing.
+func (p *Policy) StringIn(maps ima.IDMaps) string {
 	var b strings.Builder
 	for _, r := range p.rules {
-		b.WriteString(r.String())
+		b.WriteString(r.shownIn(maps).String())
 	}
 	return b.String()
 }
 
-// String prints the rule as the kernel does, newline included. Source: ima_policy.c, ima_policy_show.
+// String prints the rule as the kernel does, newline included, with the ids as they were written. Source: ima_policy.c,
+// ima_policy_show.
 func (r *Rule) String() string {
 	var b strings.Builder
 	b.WriteString(r.Action.String() + " ")

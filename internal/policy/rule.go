@@ -19,6 +19,7 @@ type Rule struct {
 	gid       idCondition
 	fowner    idCondition
 	fgroup    idCondition
+	ids       *ima.IDMaps // of the user namespace whose ids these are; nil: the initial one
 	labels    Labels
 	pcr       int
 	template  string // "": none named
@@ -74,20 +75,4 @@ func (f flag) first() string {
 		}
 	}
 	return ""
-}
-
-// idCondition is an id and how to compare with it.
-type idCondition struct {
-	op byte // '=', '<' or '>'
-	id uint32
-}
-
-func (c idCondition) match(id uint32) bool {
-	switch c.op {
-	case '<':
-		return id < c.id
-	case '>':
-		return id > c.id
-	}
-	return id == c.id
 }

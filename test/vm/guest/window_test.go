@@ -206,6 +206,35 @@ func TestWindowIDsFromOutside(t *testing.T) {
 	}
 }
 
+// The policy for new namespaces means each namespace's own ids, also with a bound that it does not have; and a restart changes
+// nothing.
+func TestWindowIDsOfNewNamespaces(t *testing.T) {
+	const rule, added = "measure func=BPRM_CHECK uid<70000", "measure func=BPRM_CHECK fowner>0"
+	a := newAgent(t, "--namespaces", "all")
+	a.args = append(a.args, "--ns-policy", a.write("ns-policy", rule+"\n"))
+	a.start()
+	b := startMapped(t, a.windowDir())
+	check := func(name, rules string) {
+		t.Helper()
+		inside, outside := "/tmp/inside-"+name, "/tmp/outside-"+name
+		b.sh(fmt.Sprintf(`for f in %s %s; do printf '#!/bin/sh\n# %%s\n' "$f" >$f; chmod 755 $f; done; %[1]s`, inside, outside))
+		sh(t, fmt.Sprintf("nsenter --target %d --mount %s", b.pid, outside))
+		if got := b.sh("grep -o '[^ ]*side-" + name + "$' /sys/kernel/security/ima/ascii_runtime_measurements"); got != inside {
+			t.Errorf("%s: in the list is %q, want what the namespace's own root ran only", name, got)
+		}
+		if got := b.sh("sed 's/ *$//' /sys/kernel/security/ima/policy"); got != rules {
+			t.Errorf("%s: the container reads %q, want %q", name, got, rules)
+		}
+	}
+	check("given", rule)
+	b.sh("echo '" + added + "' >/sys/kernel/security/ima/policy")
+	check("written", rule+"\n"+added)
+	a.stop()
+	a.start()
+	b.sh("for i in $(seq 600); do cat /sys/kernel/security/ima/active >/dev/null 2>&1 && exit 0; sleep 0.1; done; exit 1")
+	check("restarted", rule+"\n"+added)
+}
+
 // A file that the host or a sibling changed is measured again.
 func TestWindowChangedFromOutside(t *testing.T) {
 	a := startAgent(t, "--namespaces", "lazy")
