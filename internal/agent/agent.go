@@ -227,10 +227,12 @@ func LoadPolicy(nameOrFile string) (*policy.Policy, error) {
 
 // wired is what this version does of the policy language.
 var wired = policy.Wired{
-	Funcs:     []ima.Func{ima.BPRMCheck, ima.MmapCheck, ima.MmapCheckReqprot},
-	Actions:   []policy.Action{policy.Measure, policy.Audit},
-	Templates: []string{imalog.IMA, imalog.NG, imalog.Sig},
-	MaxPCR:    23,
+	Funcs:   []ima.Func{ima.BPRMCheck, ima.MmapCheck, ima.MmapCheckReqprot},
+	Actions: []policy.Action{policy.Measure, policy.Audit},
+	Templates: []string{
+		imalog.IMA, imalog.NG, imalog.NGv2, imalog.Sig, imalog.Sigv2, imalog.Buf, imalog.Modsig, imalog.EVMSig,
+	},
+	MaxPCR: 23,
 }
 
 func useKernelDigest(c Config, can bool, log *zap.Logger) bool {

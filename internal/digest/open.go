@@ -193,19 +193,3 @@ func Hash(ev *event.File, root *Root, algos ...ima.HashAlgo) ([]ima.Digest, erro
 		return nil, fmt.Errorf("hash %q: %w: its file system does not answer", ev.Path, os.ErrDeadlineExceeded)
 	}
 }
-
-// Kinds of security.ima that hold a signature. Source: security/integrity/integrity.h, enum evm_ima_xattr_type.
-const (
-	imaSignature    = 3 // EVM_IMA_XATTR_DIGSIG
-	veritySignature = 6 // IMA_VERITY_DIGSIG
-)
-
-// Signature returns security.ima of an open file if it is a signature, else nil.
-func Signature(f *os.File) []byte {
-	b := make([]byte, 65536) // XATTR_SIZE_MAX
-	n, err := unix.Fgetxattr(int(f.Fd()), "security.ima", b)
-	if err != nil || n < 2 || b[0] != imaSignature && b[0] != veritySignature {
-		return nil
-	}
-	return b[:n]
-}

@@ -29,7 +29,7 @@ type FieldValues struct {
 	XattrNames   []string // those that EVM protects
 	XattrLengths []uint32
 	XattrValues  []byte
-	IUID, IGID   uint32 // as in the initial user namespace
+	IUID, IGID   uint32 // as in the initial user namespace; the kernel has those of the file system's user namespace
 	IMode        uint16
 }
 

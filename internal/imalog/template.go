@@ -2,6 +2,7 @@ package imalog
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"imans.dev/imans-agent/internal/ima"
@@ -94,6 +95,15 @@ func CheckDigest(templateName string, algo ima.HashAlgo) error {
 		return err
 	}
 	return t.checkAlgo(algo)
+}
+
+// attributeFields show a file's extended attributes, owners and mode.
+var attributeFields = []string{"sig", "evmsig", "xattrnames", "xattrlengths", "xattrvalues", "iuid", "igid", "imode"}
+
+// ShowsAttributes reports whether a template shows a file's extended attributes, owners or mode.
+func ShowsAttributes(templateName string) bool {
+	t, err := lookupTemplate(templateName)
+	return err == nil && slices.ContainsFunc(t.fields, func(f *field) bool { return slices.Contains(attributeFields, f.id) })
 }
 
 // CheckTemplate reports whether a template of that name (or free format) can be written and read.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 
 	"go.uber.org/zap"
@@ -53,10 +52,10 @@ type look struct {
 	ctx     context.Context
 	name    string
 	digests map[ima.HashAlgo]ima.Digest
-	loss    event.Loss // why there is no digest
-	because error      // the same, in detail
-	sig     []byte
-	sigRead bool
+	loss    event.Loss         // why there is no digest
+	because error              // the same, in detail
+	attrs   *digest.Attributes // nil: not read, or not to be had
+	asked   bool               // for attrs
 	entries map[entryKey]*imalog.Entry
 	pending Pending
 	inDoubt bool
@@ -177,42 +176,49 @@ func (l *look) measure(n, s *State) error {
 			}
 			continue
 		}
-		sum, loss := l.digest(s, n.algo)
+		template := n.template
+		if d.Template != "" {
+			template = d.Template
+		}
+		sum, loss := l.digest(s, l.algo(n, s, template))
 		if d.Actions&ima.Audit != 0 {
 			l.audit(n, f, sum)
 		}
 		if d.Actions&ima.Measure == 0 {
 			continue
 		}
-		if err := l.append(n, s, d, sum, loss); err != nil {
+		key := entryKey{pcr: n.pcr, template: template, algo: sum.Algo()}
+		if d.PCR >= 0 {
+			key.pcr = d.PCR
+		}
+		if loss != 0 {
+			key = n.violation(loss)
+		}
+		if err := l.append(n, s, key, sum); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// violation is of the list's own template and register, whatever the rule says. Source: ima_api.c, ima_add_violation.
+func (s *State) violation(loss event.Loss) entryKey {
+	return entryKey{pcr: s.pcr, template: s.template, algo: s.algo, loss: loss}
+}
+
 // append hands the entry, or the violation, to a level's list.
-func (l *look) append(n, s *State, d policy.Decision, sum ima.Digest, loss event.Loss) error {
-	key := entryKey{pcr: n.pcr, template: n.template, algo: n.algo, loss: loss}
-	if d.PCR >= 0 {
-		key.pcr = d.PCR
-	}
-	if d.Template != "" {
-		key.template = d.Template
-	}
-	if l.ev.Flags&event.Writers != 0 && loss == 0 && !n.writers[l.ev.Content] {
+func (l *look) append(n, s *State, key entryKey, sum ima.Digest) error {
+	if l.ev.Flags&event.Writers != 0 && key.loss == 0 && !n.writers[l.ev.Content] {
 		// As the kernel does: a violation first, then what the file was all the same; once for each content.
 		if n.writers == nil || len(n.writers) >= 4096 {
 			n.writers = make(map[event.Content]bool)
 		}
 		n.writers[l.ev.Content] = true
-		writers := key
-		writers.loss = event.LossOpenWriters
-		if err := l.appendEntry(n, s, writers, sum); err != nil {
+		if err := l.appendEntry(n, s, n.violation(event.LossOpenWriters), sum); err != nil {
 			return err
 		}
 	}
-	if loss == 0 && n.tree.inodes.same(n, key.pcr, l.ev, sum) {
+	if key.loss == 0 && n.tree.inodes.same(n, key.pcr, l.ev, measured{sum, l.shown(s, key.template)}) {
 		return nil // the same content under another name, by a link or a rename: not measured again, as in the kernel
 	}
 	return l.appendEntry(n, s, key, sum)
@@ -222,6 +228,7 @@ func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
 	e, ok := l.entries[key]
 	if !ok {
 		v := imalog.FieldValues{Digest: sum, Name: l.name}
+		l.fill(&v, s, key.template)
 		var err error
 		if key.loss != 0 {
 			v.Digest = ima.ZeroDigest(key.algo)
@@ -231,7 +238,6 @@ func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
 			l.tree.log.Warn("violation", zap.Stringer("reason", key.loss), zap.String("file", l.name), zap.Stringer("ns", l.ev.NS),
 				zap.NamedError("because", l.because))
 		} else {
-			v.Sig = l.signature(s, key.template)
 			e, err = imalog.NewEntry(key.pcr, key.template, v)
 		}
 		if err != nil {
@@ -324,21 +330,4 @@ func (l *look) openRoot(n *State) *digest.Root {
 		}
 	}
 	return nil
-}
-
-// signature returns security.ima if the template shows it and it is a signature. A file that can't be opened any more is taken
-// to have none: the entry then claims less than was there, never more.
-func (l *look) signature(s *State, template string) []byte {
-	if !slices.Contains([]string{imalog.Sig, imalog.Sigv2, imalog.Modsig}, template) && !strings.Contains(template, "|sig") {
-		return nil
-	}
-	if l.sigRead || !digest.Versioned(l.ev.RealFS.Magic) {
-		return l.sig // of a file system that others run it would be their word, and may take their time
-	}
-	l.sigRead = true
-	if f, err := digest.Open(l.ev, l.root(s)); err == nil {
-		l.sig = digest.Signature(f)
-		f.Close()
-	}
-	return l.sig
 }

@@ -80,7 +80,7 @@ func TestLossNames(t *testing.T) {
 func TestInodesRememberTheLastContent(t *testing.T) {
 	i := newInodes()
 	i.max = 2
-	one, two := ima.ZeroDigest(ima.SHA256), ima.ZeroDigest(ima.SHA512)
+	one, two := measured{digest: ima.ZeroDigest(ima.SHA256)}, measured{digest: ima.ZeroDigest(ima.SHA512)}
 	s := &State{ns: ns(2)}
 	file := func(ino uint64) *event.File { return &event.File{SeenIno: ino} }
 	if i.same(s, 10, file(1), one) {
@@ -95,7 +95,10 @@ func TestInodesRememberTheLastContent(t *testing.T) {
 	if i.same(s, 11, file(1), one) || i.same(&State{ns: ns(3)}, 10, file(1), one) {
 		t.Error("another register or list knows it too")
 	}
-	if len(i.digest) > i.max {
-		t.Errorf("%d remembered, at most %d", len(i.digest), i.max)
+	if i.same(s, 10, file(1), measured{one.digest, [32]byte{1}}) {
+		t.Error("content signed anew is taken for the old")
+	}
+	if len(i.taken) > i.max {
+		t.Errorf("%d remembered, at most %d", len(i.taken), i.max)
 	}
 }

@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -10,9 +11,28 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 )
+
+// oracleTemplates are those that files of a group of their own are measured by, from oracleGroup on: all but imalog.IMA, which
+// evmctl does not take beside others, and which the kernel can be booted with (vmtest -append ima_template=ima).
+var oracleTemplates = []string{imalog.Sig, imalog.NGv2, imalog.Sigv2, imalog.Buf, imalog.Modsig, imalog.EVMSig}
+
+const oracleGroup = 3000
+
+// oraclePolicy measures what runs, some files by other templates.
+func oraclePolicy() string {
+	var rules strings.Builder
+	for i, template := range oracleTemplates {
+		for _, f := range []string{"BPRM_CHECK", "MMAP_CHECK"} {
+			fmt.Fprintf(&rules, "measure func=%s mask=MAY_EXEC fgroup=%d template=%s\n", f, oracleGroup+i, template)
+		}
+	}
+	return rules.String() + execPolicy
+}
 
 const kernelIMA = "/sys/kernel/security/ima/"
 
@@ -35,9 +55,10 @@ func identity(e *imalog.Entry) string { return e.Template() + " " + e.Digest(ima
 func TestMainJobZOracle(t *testing.T) {
 	template := strings.Fields(readFile(t, kernelIMA+"ascii_runtime_measurements"))[2]
 	a := newAgent(t, "--template", template)
+	a.args = append(a.args, "--policy", a.write("policy", oraclePolicy()))
 	a.start()
 	before := map[string]bool{}
-	if err := os.WriteFile(kernelIMA+"policy", []byte(execPolicy), 0o600); err != nil {
+	if err := os.WriteFile(kernelIMA+"policy", []byte(oraclePolicy()), 0o600); err != nil {
 		t.Fatalf("load the policy into the kernel: %v", err)
 	}
 	if _, err := a.client().Status(t.Context()); err != nil {
@@ -48,6 +69,7 @@ func TestMainJobZOracle(t *testing.T) {
 	}
 	had := len(kernelList(t))
 	workload(t)
+	attributesWorkload(t)
 	oursAfter := a.list("native")
 	theirs := kernelList(t)[had:]
 	ours := map[string]bool{}
@@ -66,6 +88,17 @@ func TestMainJobZOracle(t *testing.T) {
 	for _, e := range oursAfter {
 		if id := identity(e); !before[id] && !theirSet[id] {
 			t.Errorf("ours has %s, the kernel has not", strings.TrimSpace(string(e.AppendASCII(nil, ima.SHA256))))
+		}
+	}
+	for _, name := range oracleTemplates {
+		n := 0
+		for _, e := range theirs {
+			if e.Template() == name {
+				n++
+			}
+		}
+		if n < 10 {
+			t.Errorf("only %d entries of template %s were compared", n, name)
 		}
 	}
 	t.Logf("template %s: %d entries of the kernel's IMA, of %d files; %d of ours", template, len(theirs), len(distinct), len(oursAfter))
@@ -126,4 +159,76 @@ func workload(t *testing.T) {
 	makeProgram(t, disk+"/with some  spaces")
 	runProgram(t, disk+"/with some  spaces")
 	sh(t, fmt.Sprintf("ln %[1]s/p1 %[1]s/hard; ln -s p2 %[1]s/soft; %[1]s/hard; %[1]s/soft", disk))
+}
+
+// attributesWorkload runs files with all that templates show of one: extended attributes, owners, modes.
+func attributesWorkload(t *testing.T) {
+	t.Helper()
+	overlay := tempDir(t, "/root")
+	sh(t, "cd "+overlay+" && mkdir lower upper work merged")
+	disk, memory, lower, merged := tempDir(t, "/root"), tempDir(t, "/tmp"), overlay+"/lower", overlay+"/merged"
+	blob := func(head ...byte) string { return string(head) + strings.Repeat("s", 70) }
+	caps := string([]byte{1, 0, 0, 2}) + strings.Repeat("\x00", 16)
+	files := []struct {
+		name   string
+		owner  int
+		mode   uint32
+		xattrs map[string]string
+
+		otherAlgo bool // security.ima is of another algorithm than the namespace's
+	}{
+		{"plain", 0, 0o755, nil, false},
+		{"others", 70001, 0o4711, nil, false},
+		{"signed", 0, 0o755, map[string]string{"ima": blob(3, 2, 4)}, false},
+		{"signed-sha512", 0, 0o555, map[string]string{"ima": blob(3, 2, 6)}, true},
+		{"signed-sha1", 0, 0o755, map[string]string{"ima": blob(3, 2, 2)}, true},
+		{"signed-badly", 0, 0o755, map[string]string{"ima": blob(3, 9, 6)}, false},
+		{"verity", 0, 0o755, map[string]string{"ima": blob(6, 3, 4)}, false},
+		{"digest", 0, 0o755, map[string]string{"ima": string([]byte{4, 4}) + strings.Repeat("d", 32)}, false},
+		{"old-digest", 0, 0o755, map[string]string{"ima": "\x01" + strings.Repeat("d", 20)}, true},
+		{"portable", 1, 0o700, map[string]string{"evm": blob(5, 2, 4)}, false},
+		{"not-portable", 1, 0o755, map[string]string{"evm": blob(3, 2, 4)}, false},
+		{"both", 2, 0o2755, map[string]string{"evm": blob(5, 2, 4), "ima": blob(3, 2, 4)}, false},
+		{"labels", 3, 0o1755, map[string]string{"selinux": "system_u:object_r:bin_t:s0\x00", "SMACK64": "_", "SMACK64EXEC": "label", "apparmor": "x y"}, false},
+		{"capable", 0, 0o755, map[string]string{"capability": caps}, false},
+		{"all", 65534, 0o7755, map[string]string{"selinux": "a\x00", "ima": blob(3, 2, 4), "capability": caps, "evm": blob(5, 2, 4), "other": "not EVM's"}, false},
+	}
+	create := func(path string, group, owner int, mode uint32, xattrs map[string]string) {
+		t.Helper()
+		makeProgram(t, path)
+		errs := []error{os.Chown(path, owner, group), unix.Chmod(path, mode)}
+		for name, value := range xattrs {
+			errs = append(errs, unix.Setxattr(path, "security."+name, []byte(value), 0))
+		}
+		if err := errors.Join(errs...); err != nil {
+			t.Fatalf("%s: %v", path, err)
+		}
+	}
+	for i := range oracleTemplates {
+		for _, dir := range []string{disk, memory, lower} {
+			for _, f := range files {
+				if f.otherAlgo && !imalog.ShowsAttributes(oracleTemplates[i]) {
+					f.xattrs = nil // the kernel would hash by it all the same; see docs/ima-namespaces.md
+				}
+				create(fmt.Sprintf("%s/%d-%s", dir, i, f.name), oracleGroup+i, f.owner, f.mode, f.xattrs)
+			}
+		}
+	}
+	sh(t, "cd "+overlay+" && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay merged")
+	t.Cleanup(func() { exec.Command("umount", merged).Run() })
+	for i := range oracleTemplates {
+		for _, dir := range []string{disk, memory, merged} {
+			for _, f := range files {
+				runProgram(t, fmt.Sprintf("%s/%d-%s", dir, i, f.name))
+			}
+			// Signed anew and run again, then with another mode: on an overlay that is an entry more where the template shows it.
+			path := fmt.Sprintf("%s/%d-signed", dir, i)
+			if err := unix.Setxattr(path, "security.ima", []byte(blob(3, 2, 4)+"anew"), 0); err != nil {
+				t.Fatal(err)
+			}
+			runProgram(t, path)
+			sh(t, "chmod 711 "+path)
+			runProgram(t, path)
+		}
+	}
 }
