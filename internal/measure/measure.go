@@ -9,6 +9,9 @@
 // is sent, and entries are extended in their order, so that at every moment the PCRs are what some prefix of the log replays to.
 // The extender always reads what it extends back from the log: that is the same path in everyday work and after a crash.
 //
+// A list need not wait for its TPM: with Late it begins, or goes on, while the TPM is being started. Everything is logged meanwhile,
+// and extended from the first entry on when the TPM is there; its registers are looked at before.
+//
 // An entry with the same template data and PCR as an earlier one is not appended again; violations always are. As in the
 // kernel, append comes before extend. Source: security/integrity/ima/ima_queue.c, ima_add_template_entry.
 //
@@ -78,7 +81,8 @@ type Config struct {
 	PCR      int          // of its boot_aggregate, and of the PCR checked when the log is empty
 	Template string       // of its boot_aggregate
 	Algo     ima.HashAlgo // of its boot_aggregate
-	TPM      TPM          // nil: the list is not anchored
+	TPM      TPM          // nil: the list is not anchored, but for Late
+	Late     *Late        // instead of TPM: one that is being started
 	Store    *Store
 	Log      *zap.Logger
 	OpenFile func(path string) (File, error) // nil: the file itself
@@ -119,6 +123,7 @@ type List struct {
 	// Written by the extender.
 	extended   mark
 	tpmTrouble error
+	tpm        TPM // nil: none, or not yet
 }
 
 // pendingMax bounds the memory that entries may take while the disk is full. Then Append waits, its caller stops taking events
@@ -142,7 +147,7 @@ func Open(ctx context.Context, c Config) (*List, Recovery, error) {
 	}
 	l := &List{
 		config: c, log: c.Log.With(zap.String("log", path)), file: file, ended: make(chan struct{}),
-		recent: make(map[uint32]int), pendingMax: pendingMax,
+		recent: make(map[uint32]int), pendingMax: pendingMax, tpm: c.TPM,
 	}
 	recovery, x, err := l.recover(ctx)
 	var first *imalog.Entry
@@ -156,7 +161,10 @@ func Open(ctx context.Context, c Config) (*List, Recovery, error) {
 	var running context.Context
 	running, l.cancel = context.WithCancel(context.Background())
 	l.done.Go(l.write)
-	if x != nil {
+	switch {
+	case c.Late != nil:
+		l.done.Go(func() { l.extendLate(running) })
+	case x != nil:
 		l.done.Go(func() { x.run(running) })
 	}
 	if first != nil {
@@ -168,6 +176,9 @@ func Open(ctx context.Context, c Config) (*List, Recovery, error) {
 // bootAggregate makes the first entry. Without a TPM the digest is zero, as the kernel's is.
 func (l *List) bootAggregate(ctx context.Context) (*imalog.Entry, error) {
 	d := ima.ZeroDigest(l.config.Algo)
+	if late := l.config.Late; late != nil {
+		d = late.BootAggregate
+	}
 	if t := l.config.TPM; t != nil {
 		var err error
 		if d, err = t.BootAggregate(ctx, l.config.Algo); err != nil {
@@ -215,10 +226,11 @@ func (l *List) Append(e *imalog.Entry) Receipt {
 // CheckPCR reports whether entries for a register can be appended, such as one that a policy names: ErrForeign if something
 // else has extended it. It is for a register that the list has not used yet; an entry for one that fails here ends the list.
 func (l *List) CheckPCR(ctx context.Context, pcr int) error {
-	if l.config.TPM == nil {
-		return nil
+	tpm := l.currentTPM()
+	if tpm == nil {
+		return nil // the extender looks, when the first entry comes
 	}
-	held, err := l.config.TPM.ReadPCR(ctx, pcr)
+	held, err := tpm.ReadPCR(ctx, pcr)
 	if err == nil && !allZero(held) {
 		err = foreign(pcr, held)
 	}

@@ -51,10 +51,11 @@ func (l *List) Snapshot() *io.SectionReader {
 
 // PCRs returns the list's register in each bank, as the TPM has it now. Without a TPM it is an error.
 func (l *List) PCRs(ctx context.Context) (map[ima.HashAlgo]ima.Digest, error) {
-	if l.config.TPM == nil {
-		return nil, fmt.Errorf("read PCR %d: this list has no TPM", l.config.PCR)
+	tpm := l.currentTPM()
+	if tpm == nil {
+		return nil, fmt.Errorf("read PCR %d: this list has no TPM, or it is being started", l.config.PCR)
 	}
-	return l.config.TPM.ReadPCR(ctx, l.config.PCR)
+	return tpm.ReadPCR(ctx, l.config.PCR)
 }
 
 // tail reads the log from an offset on, and goes on with what is logged later. It never sees what is not durable yet.

@@ -42,6 +42,14 @@ func (m *mark) wait(n int) *waiter {
 	return w
 }
 
+// release wakes all, though the count will not get there.
+func (m *mark) release() {
+	for _, w := range m.waiting {
+		close(w.reached)
+	}
+	m.waiting = nil
+}
+
 // forget takes out a waiter that waits no longer.
 func (m *mark) forget(w *waiter) {
 	if i := slices.Index(m.waiting, w); i >= 0 {
@@ -122,10 +130,12 @@ func (r Receipt) Logged(ctx context.Context) error {
 
 // Extended waits until the entry is in the TPM; without a TPM, until it is logged. A dead TPM is waited out.
 func (r Receipt) Extended(ctx context.Context) error {
-	if r.list.config.TPM == nil {
-		return r.Logged(ctx)
+	if r.list.anchored() {
+		if err := r.list.await(ctx, &r.list.extended, r.n); err != nil {
+			return err
+		}
 	}
-	return r.list.await(ctx, &r.list.extended, r.n)
+	return r.Logged(ctx) // at once, if it is extended
 }
 
 // all is the Receipt of the last entry that was handed in.

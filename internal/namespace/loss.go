@@ -64,6 +64,9 @@ func (t *Tree) readRecordedLosses(list *measure.List) error {
 // and waits until they are logged. What is on record already is not told again. It reports whether there was anything to tell:
 // among the lost may be deaths, so call Reconcile when all records are handled.
 func (t *Tree) Losses(ctx context.Context) (any bool, err error) {
+	if err := t.recordUnanchored(ctx); err != nil {
+		return false, err
+	}
 	losses, err := t.config.Kernel.Losses()
 	if err != nil || len(losses) == 0 {
 		return false, err

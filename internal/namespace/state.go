@@ -53,6 +53,7 @@ type State struct {
 	requests []request           // for clones that are to be active
 	marks    []event.MeasuredKey // contents that the kernel side was told need no event any more
 	tpm      *tpmext.TPM
+	starting *start // of a vTPM; nil: none was started by this agent
 	root     *digest.Root
 	writers  map[event.Content]bool // contents whose open writers are on record
 
@@ -179,21 +180,31 @@ func (s *State) open(ctx context.Context) error {
 		return err
 	}
 	if s.tree.config.Swtpm == "" {
-		return s.openList(ctx, nil)
+		return s.openList(ctx, measure.Config{})
 	}
-	tpm, err := s.openTPM(ctx)
+	tpm, err := s.adoptTPM(ctx)
+	if errors.Is(err, errNeverStarted) {
+		if err := s.startTPM(); err != nil {
+			return err
+		}
+		return s.openList(ctx, measure.Config{Late: s.starting.late(s.tree.vtpmBanks(), s.algo)})
+	}
 	if err == nil {
 		s.tpm = tpm
-		return s.openList(ctx, tpm)
+		return s.openList(ctx, measure.Config{TPM: tpm})
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	// Lost, or not to be had: the list goes on without, and says so. The other namespaces are not concerned.
-	s.tree.log.Error("a namespace has no vTPM, its list is not anchored", zap.Stringer("ns", s.ns), zap.Error(err))
-	if err := s.openList(ctx, nil); err != nil {
+	if err := s.openList(ctx, measure.Config{}); err != nil {
 		return err
 	}
+	return s.noTPM(err)
+}
+
+// noTPM says of a vTPM that is lost, or not to be had: the list goes on without. The other namespaces are not concerned.
+func (s *State) noTPM(cause error) error {
+	s.tree.log.Error("a namespace has no vTPM, its list is not anchored", zap.Stringer("ns", s.ns), zap.Error(cause))
 	return s.appendViolation(lossName(event.LossVtpmLost, s.ns, 1), event.LossVtpmLost)
 }
 
@@ -211,34 +222,11 @@ func (s *State) giveUp(ctx context.Context, cause error) error {
 	return s.parent.recordLoss(ctx, lossName(event.LossListEnded, s.ns, 1), event.LossListEnded)
 }
 
-// openTPM finds the vTPM of an earlier agent, or starts one where there never was any.
-func (s *State) openTPM(ctx context.Context) (*tpmext.TPM, error) {
-	c := s.vtpmConfig()
-	instance, err := vtpm.Adopt(c)
-	if errors.Is(err, os.ErrNotExist) {
-		if _, err := os.Stat(filepath.Join(s.dir, measure.LogName)); err == nil {
-			return nil, vtpm.ErrLost // a list that began without one
-		}
-		instance, err = vtpm.Start(ctx, c)
-	}
-	if err != nil {
-		return nil, err
-	}
-	tpm, err := tpmext.Open(ctx, instance.Address())
-	if err != nil {
-		return nil, errors.Join(err, instance.Close())
-	}
-	s.tree.mu.Lock()
-	s.swtpm = instance
-	s.tree.mu.Unlock()
-	return tpm, nil
-}
-
-func (s *State) openList(ctx context.Context, tpm measure.TPM) error {
+// openList opens the list with the TPM, or the Late one, that m names.
+func (s *State) openList(ctx context.Context, m measure.Config) error {
 	c := s.tree.config
-	list, recovery, err := measure.Open(ctx, measure.Config{
-		Dir: s.dir, PCR: s.pcr, Template: s.template, Algo: s.algo, TPM: tpm, Store: s.tree.store, Log: c.Log,
-	})
+	m.Dir, m.PCR, m.Template, m.Algo, m.Store, m.Log = s.dir, s.pcr, s.template, s.algo, s.tree.store, c.Log
+	list, recovery, err := measure.Open(ctx, m)
 	if err != nil {
 		return err
 	}
@@ -277,6 +265,7 @@ func (s *State) close() error {
 	if s.list != nil {
 		errs = append(errs, s.list.Close())
 	}
+	s.endStart()
 	if s.tpm != nil {
 		errs = append(errs, s.tpm.Close())
 	}
@@ -298,6 +287,7 @@ func (s *State) end() error {
 	if s.list != nil {
 		errs = append(errs, s.list.Close())
 	}
+	s.endStart()
 	if s.tpm != nil {
 		errs = append(errs, s.tpm.Close())
 	}

@@ -66,6 +66,10 @@ type Tree struct {
 	recorded   map[loader.LossKey]uint64
 	losses     map[event.Loss]uint64 // of the agent's side, since its start
 	events     uint64
+	banks      []ima.HashAlgo          // of vTPMs; nil: none was started yet
+	unanchored map[event.MountNS]error // vTPMs that did not come, of which the lists do not tell yet
+
+	starts chan struct{} // holds one for each vTPM being started
 }
 
 // cacheSize is how many digests are kept: at about 200 bytes each.
@@ -77,7 +81,8 @@ func New(c Config) *Tree {
 	return &Tree{
 		config: c, log: c.Log, store: measure.NewStore(), cache: digest.NewCache(cacheSize), inodes: newInodes(),
 		bootAt: time.Now().Add(-boot), states: make(map[uint64]*State), generation: uint64(boot),
-		recorded: make(map[loader.LossKey]uint64), losses: make(map[event.Loss]uint64),
+		recorded: make(map[loader.LossKey]uint64), losses: make(map[event.Loss]uint64), unanchored: make(map[event.MountNS]error),
+		starts: make(chan struct{}, startsAtOnce),
 	}
 }
 
@@ -148,7 +153,7 @@ func (t *Tree) startNative(ctx context.Context, ns event.MountNS) error {
 		tree: t, ns: ns, dir: dir, policy: t.config.NativePolicy, pcr: t.config.NativePCR, born: t.bootAt, origin: originNative,
 		active: true, template: t.config.Template, algo: t.config.Algo, ids: ima.InitialMaps(), gone: make(chan struct{}),
 	}
-	if err := s.openList(ctx, t.config.NativeTPM); err != nil {
+	if err := s.openList(ctx, measure.Config{TPM: t.config.NativeTPM}); err != nil {
 		return err
 	}
 	t.mu.Lock()

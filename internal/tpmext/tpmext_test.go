@@ -561,3 +561,17 @@ func BenchmarkExtend(b *testing.B) {
 		}
 	})
 }
+
+// What is computed of a TPM that has just been started is what it says.
+func TestStartedBootAggregate(t *testing.T) {
+	tpm := open(t, tpmtest.Start(t).Address())
+	for _, algo := range []ima.HashAlgo{ima.MD5, ima.SHA1, ima.SHA224, ima.SHA256, ima.SHA384, ima.SHA512} {
+		d, err := tpm.BootAggregate(t.Context(), algo)
+		if want := StartedBootAggregate(tpm.Banks(), algo); err != nil || d != want {
+			t.Errorf("%v: the TPM says %v, %v, want %v", algo, d, err, want)
+		}
+	}
+	if d := StartedBootAggregate(nil, ima.SHA512); d != ima.ZeroDigest(ima.SHA512) {
+		t.Errorf("without banks %v", d)
+	}
+}

@@ -191,6 +191,28 @@ func TestWindowComingToBe(t *testing.T) {
 	}
 }
 
+// A vTPM that takes its time holds up nobody: not its own namespace's list, nor another's.
+func TestWindowComingToBeBeforeTheTPM(t *testing.T) {
+	a := newAgent(t, "--namespaces", "lazy")
+	slow := a.write("slow-swtpm", "#!/bin/sh\nsleep 15\nexec swtpm \"$@\"\n")
+	if err := os.Chmod(slow, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	a.args = append(a.args, "--swtpm", slow)
+	a.start()
+	one, two := startMapped(t, a.windowDir()), startMapped(t, a.windowDir())
+	began := time.Now()
+	for _, b := range []*box{one, two} {
+		b.sh("cd /sys/kernel/security/ima; echo 1 >active; echo 'measure func=BPRM_CHECK' >policy")
+		b.sh(`printf '#!/bin/sh\n' >/tmp/early; chmod 755 /tmp/early; /tmp/early; grep -q ' /tmp/early$' /sys/kernel/security/ima/ascii_runtime_measurements`)
+	}
+	if n := a.namespaces()[two.target().Inum]; n.Extended != 0 || n.Entries == 0 {
+		t.Errorf("after %v %d of %d entries are extended: the vTPM was not late", time.Since(began), n.Extended, n.Entries)
+	}
+	a.verifyNow(one.ns())
+	a.verifyNow(two.ns())
+}
+
 // Ids of a policy are shown as they map where the reader is.
 func TestWindowIDsFromOutside(t *testing.T) {
 	a := startAgent(t, "--namespaces", "lazy")
