@@ -182,12 +182,15 @@ func (s *State) open(ctx context.Context) error {
 	if s.tree.config.Swtpm == "" {
 		return s.openList(ctx, measure.Config{})
 	}
+	if s.starting != nil { // its list could not be opened just now
+		return s.openLate(ctx)
+	}
 	tpm, err := s.adoptTPM(ctx)
 	if errors.Is(err, errNeverStarted) {
 		if err := s.startTPM(); err != nil {
 			return err
 		}
-		return s.openList(ctx, measure.Config{Late: s.starting.late(s.tree.vtpmBanks(), s.algo)})
+		return s.openLate(ctx)
 	}
 	if err == nil {
 		s.tpm = tpm

@@ -78,6 +78,11 @@ func (s *State) startTPM() error {
 	return nil
 }
 
+// openLate opens the list of a namespace whose vTPM is being started.
+func (s *State) openLate(ctx context.Context) error {
+	return s.openList(ctx, measure.Config{Late: s.starting.late(s.tree.vtpmBanks(), s.algo)})
+}
+
 func (s *State) runStart(ctx context.Context, c vtpm.Config) (*tpmext.TPM, error) {
 	select {
 	case s.tree.starts <- struct{}{}:
