@@ -27,8 +27,8 @@ type views struct {
 // View implements imafs.Views.
 func (v *views) View(ctx context.Context, ns event.MountNS) (imafs.View, error) {
 	found, err := v.tree.Lookup(ns)
-	if err != nil {
-		// Its birth may be on the way.
+	if err != nil || ns.ID == 0 {
+		// Its birth may be on the way; without an id, what is known may be one that has ended and had the same inode number.
 		if err := v.pump.barrier(ctx); err != nil {
 			return nil, err
 		}
