@@ -64,6 +64,7 @@ start takes over where this one stopped; imans-agent unload takes them out.`,
 	f.StringVar(&c.Template, "template", "ima-ng", "template of entries, as IMA's ima_template")
 	f.StringVar(&c.Hash, "hash", "sha256", "hash of files, as IMA's ima_hash")
 	f.StringVar(&c.Mode, "namespaces", "all", "which mount namespaces become IMA namespaces: all, newns (asked for), lazy (when given a policy) or containers")
+	f.StringVar(&c.Archive, "archive", "", "folder for the lists of namespaces that end; without it they go")
 	f.IntVar(&c.MaxRules, "max-rules", 1024, "rules that a namespace may have")
 	f.Uint32Var(&ring, "ring-size", 16<<10, "size of the event buffer in KiB, a power of two")
 	f.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")

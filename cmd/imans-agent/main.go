@@ -5,7 +5,7 @@
 //	imans-agent ns [list | show ID]      the namespaces
 //	imans-agent ns window ID             put a namespace's IMA folder over /sys/kernel/security in it
 //	imans-agent measurements ID          a list
-//	imans-agent policy check | show      policies
+//	imans-agent policy check|show|load   policies
 //	imans-agent verify FILE              replay a list and compare it with a PCR
 //	imans-agent unload                   take the kernel side out and end the vTPMs
 //

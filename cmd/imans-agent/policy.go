@@ -14,10 +14,10 @@ func newPolicy() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "policy",
-		Short: "check and show policies",
+		Short: "check, show and load policies",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return usageError{fmt.Errorf("policy check FILE, or policy show ID; see --help")}
+			return usageError{fmt.Errorf("policy check FILE, policy show ID, or policy load FILE; see --help")}
 		},
 	}
 	addRunDir(cmd, &runDir)
@@ -48,6 +48,30 @@ func newPolicy() *cobra.Command {
 			return err
 		},
 	}
-	cmd.AddCommand(check, show)
+	var ns string
+	load := &cobra.Command{
+		Use: "load FILE --ns ID", Short: "append a file's rules to a namespace's, all of them or none",
+		Long: `load appends a file's rules to those of a namespace, from outside. They judge the next event. Ids in them are the host's.
+One bad rule, or one more than the namespace may have, and nothing is loaded.`,
+		Args: exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			p, err := agent.LoadPolicy(args[0])
+			if err != nil {
+				return err
+			}
+			n, err := client(runDir).LoadPolicy(cmd.Context(), ns, []byte(p.String()))
+			if err != nil {
+				return fmt.Errorf("load %s into %s: %w", args[0], ns, err)
+			}
+			if asJSON {
+				return printJSON(cmd, n)
+			}
+			return printNamespace(cmd, n)
+		},
+	}
+	load.Flags().StringVar(&ns, "ns", "", "the namespace")
+	load.MarkFlagRequired("ns")
+	load.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	cmd.AddCommand(check, show, load)
 	return cmd
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -13,6 +14,7 @@ import (
 
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/tpmext"
 	"imans.dev/imans-agent/internal/verify"
 )
@@ -20,6 +22,7 @@ import (
 // verifyOptions is where the PCR values come from.
 type verifyOptions struct {
 	bank, pcr10, tpm, ns, runDir string
+	pcrFile                      string
 	pcrs                         []string
 	asJSON                       bool
 }
@@ -27,10 +30,11 @@ type verifyOptions struct {
 func newVerify() *cobra.Command {
 	var o verifyOptions
 	cmd := &cobra.Command{
-		Use:   "verify FILE",
+		Use:   "verify FILE|FOLDER",
 		Short: "replay a measurement list and compare it with PCR values",
 		Long: `verify replays a binary measurement list (ours or the kernel's) and says what the given PCR values prove
 of it, what is only claimed, and where it breaks. Without values it checks the list against itself only.
+A folder is that of an ended namespace in the archive: its list, with its values unless others are given.
 Whoever gives the values vouches for them: take them from a quote that was checked, or from the TPM itself.
 
 Exit status 1 means that the list does not verify.`,
@@ -44,6 +48,7 @@ Exit status 1 means that the list does not verify.`,
 	f := cmd.Flags()
 	f.StringVar(&o.bank, "bank", "sha1", "bank of the list's template digests: sha1 is the classic file")
 	f.StringVar(&o.pcr10, "pcr10", "", "value of PCR 10 in hexadecimal; its length tells the bank")
+	f.StringVar(&o.pcrFile, "pcrs", "", "file with such values, one a line")
 	f.StringArrayVar(&o.pcrs, "pcr", nil, "value of a PCR, as NUMBER=ALGORITHM:HEX; may be repeated")
 	f.StringVar(&o.tpm, "tpm", "", "read the values from this TPM: a device, unix:PATH or tcp:HOST:PORT")
 	f.StringVar(&o.ns, "ns", "", "ask the running agent for the values of this namespace's TPM")
@@ -56,6 +61,12 @@ func (o verifyOptions) run(cmd *cobra.Command, path string) error {
 	bank, ok := ima.HashAlgoByName(o.bank)
 	if !ok {
 		return usageError{fmt.Errorf("--bank %s: want sha1, sha256, sha384 or sha512", o.bank)}
+	}
+	if st, err := os.Stat(path); err == nil && st.IsDir() {
+		if !o.valuesGiven() {
+			o.pcrFile = existing(filepath.Join(path, namespace.ArchivedPCRs))
+		}
+		path = filepath.Join(path, namespace.ArchivedList)
 	}
 	file, err := os.Open(path)
 	if err != nil {
@@ -89,6 +100,19 @@ func verifies(r verify.Result, valuesGiven bool) bool {
 	return r.Err() == nil && r.Entries > 0 && (!valuesGiven || r.Proven.Entries > 0)
 }
 
+// valuesGiven reports whether a flag says where PCR values are.
+func (o verifyOptions) valuesGiven() bool {
+	return o.pcr10 != "" || o.pcrFile != "" || len(o.pcrs) > 0 || o.ns != "" || o.tpm != ""
+}
+
+// existing returns the path of a file that is there, else "".
+func existing(path string) string {
+	if _, err := os.Stat(path); err != nil {
+		return ""
+	}
+	return path
+}
+
 type pcrValues map[int]map[ima.HashAlgo]ima.Digest
 
 func (v pcrValues) add(pcr int, d ima.Digest) {
@@ -107,6 +131,13 @@ func (o verifyOptions) values(ctx context.Context, file io.Reader, bank ima.Hash
 			return nil, usageError{fmt.Errorf("--pcr10: %d digits are no digest of a bank; want 40, 64, 96 or 128", len(o.pcr10))}
 		}
 		o.pcrs = append(o.pcrs, "10="+name+":"+o.pcr10)
+	}
+	if o.pcrFile != "" {
+		text, err := os.ReadFile(o.pcrFile)
+		if err != nil {
+			return nil, usageError{err}
+		}
+		o.pcrs = append(o.pcrs, strings.Fields(string(text))...)
 	}
 	for _, p := range o.pcrs {
 		number, text, _ := strings.Cut(p, "=")

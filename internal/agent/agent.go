@@ -37,6 +37,7 @@ type Config struct {
 	Policy   string // file, or the name of a built-in policy: the native namespace's
 	NSPolicy string // the same: what new namespaces start with; "": as Policy
 	StateDir string // made if missing
+	Archive  string // folder for namespaces that end, made if missing; "": their state goes
 	RunDir   string // for sockets; made if missing
 	PinDir   string // on a bpffs
 	TPM      string // the native list's: address for tpmext.Open, or "none"
@@ -125,7 +126,9 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 		return err
 	}
 	windowDir := filepath.Join(c.RunDir, windowName)
-	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), tree, p.do, windowDir, log)
+	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), control.Config{
+		Tree: tree, Do: p.do, ParseRules: parseRules, WindowDir: windowDir, Log: log,
+	})
 	if err != nil {
 		return err
 	}
@@ -195,6 +198,11 @@ func prepare(c Config, kernelDigests bool, log *zap.Logger) (namespace.Config, e
 	default:
 		return none, usage("--ns-tpm %s: want swtpm or none", c.NSTPM)
 	}
+	if c.Archive != "" {
+		if t.Archive, err = prepareArchive(c.Archive); err != nil {
+			return none, usage("--archive %s: %w; choose another folder", c.Archive, err)
+		}
+	}
 	if c.Digest != "auto" && c.Digest != "kernel" && c.Digest != "agent" {
 		return none, usage("--digest %s: want auto, kernel or agent", c.Digest)
 	}
@@ -202,6 +210,22 @@ func prepare(c Config, kernelDigests bool, log *zap.Logger) (namespace.Config, e
 		return none, errors.New("--digest kernel: this kernel gives no digests; use auto or agent")
 	}
 	return t, nil
+}
+
+// prepareArchive makes sure that the folder is there and can be written to.
+func prepareArchive(dir string) (string, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	if err := durable.Mkdir(dir); err != nil {
+		return "", err
+	}
+	probe, err := os.MkdirTemp(dir, ".probe-")
+	if err != nil {
+		return "", err
+	}
+	return dir, os.Remove(probe)
 }
 
 // LoadPolicy reads a policy file, or takes a built-in policy by its name, and checks that everything it asks for is done.

@@ -31,12 +31,12 @@ func NewClient(path string) *Client {
 
 // get asks for a path; the caller closes the body.
 func (c *Client) get(ctx context.Context, path string) (io.ReadCloser, error) {
-	return c.request(ctx, http.MethodGet, path)
+	return c.request(ctx, http.MethodGet, path, nil)
 }
 
-// request sends a request without a body; the caller closes the answer's.
-func (c *Client) request(ctx context.Context, method, path string) (io.ReadCloser, error) {
-	r, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, nil)
+// request sends a request; the caller closes the answer's body.
+func (c *Client) request(ctx context.Context, method, path string, content io.Reader) (io.ReadCloser, error) {
+	r, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, content)
 	if err != nil {
 		return nil, err
 	}
@@ -60,8 +60,8 @@ func (c *Client) request(ctx context.Context, method, path string) (io.ReadClose
 	return nil, errors.New(e.Error)
 }
 
-func (c *Client) decode(ctx context.Context, method, path string, v any) error {
-	body, err := c.request(ctx, method, path)
+func (c *Client) decode(ctx context.Context, method, path string, content io.Reader, v any) error {
+	body, err := c.request(ctx, method, path, content)
 	if err != nil {
 		return err
 	}
@@ -75,36 +75,31 @@ func (c *Client) decode(ctx context.Context, method, path string, v any) error {
 // Status asks what the agent has counted.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	var s Status
-	return s, c.decode(ctx, http.MethodGet, "/v1/status", &s)
+	return s, c.decode(ctx, http.MethodGet, "/v1/status", nil, &s)
 }
 
 // Namespaces asks for all namespaces.
 func (c *Client) Namespaces(ctx context.Context) ([]Namespace, error) {
 	var list []Namespace
-	return list, c.decode(ctx, http.MethodGet, "/v1/namespaces", &list)
+	return list, c.decode(ctx, http.MethodGet, "/v1/namespaces", nil, &list)
 }
 
 // Namespace asks for one namespace.
 func (c *Client) Namespace(ctx context.Context, name string) (Namespace, error) {
 	var n Namespace
-	return n, c.decode(ctx, http.MethodGet, "/v1/namespaces/"+url.PathEscape(name), &n)
+	return n, c.decode(ctx, http.MethodGet, "/v1/namespaces/"+url.PathEscape(name), nil, &n)
 }
 
 // Activate asks for a namespace to be made an IMA namespace of its own. If it is one already, nothing is done.
 func (c *Client) Activate(ctx context.Context, name string) (Namespace, error) {
 	var n Namespace
-	return n, c.decode(ctx, http.MethodPost, "/v1/namespaces/"+url.PathEscape(name)+"/activate", &n)
-}
-
-// Policy asks for a namespace's rules; the caller closes the text.
-func (c *Client) Policy(ctx context.Context, name string) (io.ReadCloser, error) {
-	return c.get(ctx, "/v1/namespaces/"+url.PathEscape(name)+"/policy")
+	return n, c.decode(ctx, http.MethodPost, "/v1/namespaces/"+url.PathEscape(name)+"/activate", nil, &n)
 }
 
 // PCRs asks for a namespace's PCR, as the agent reads it from the namespace's TPM.
 func (c *Client) PCRs(ctx context.Context, name string) (PCRs, error) {
 	var p PCRs
-	return p, c.decode(ctx, http.MethodGet, "/v1/namespaces/"+url.PathEscape(name)+"/pcrs", &p)
+	return p, c.decode(ctx, http.MethodGet, "/v1/namespaces/"+url.PathEscape(name)+"/pcrs", nil, &p)
 }
 
 // Measurements asks for a namespace's list; the caller closes it. format is ascii, binary or json.

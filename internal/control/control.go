@@ -7,6 +7,7 @@
 //	GET /v1/namespaces                       all namespaces, parents first
 //	GET /v1/namespaces/NAME                  one: its inode number, INUM:ID, or "native"
 //	GET /v1/namespaces/NAME/policy           its rules, as text
+//	POST /v1/namespaces/NAME/policy          appends rules to it, all of them or none
 //	GET /v1/namespaces/NAME/pcrs             its PCR in each bank of its TPM, as the agent reads it now
 //	GET /v1/namespaces/NAME/measurements     its list; ?format=binary|ascii|json, ?bank=sha256, ?follow=true
 //	POST /v1/namespaces/NAME/activate        makes it an IMA namespace of its own
@@ -30,6 +31,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/policy"
 )
 
 // SocketName is the socket's file name in the run folder.
@@ -42,6 +44,7 @@ const barrierTimeout = 10 * time.Second
 type Server struct {
 	tree      *namespace.Tree
 	do        func(context.Context, func(context.Context) error) error
+	parse     func([]byte) (*policy.Policy, error)
 	windowDir string // where the window is mounted in the agent's namespace
 	log       *zap.Logger
 	path      string
@@ -51,9 +54,19 @@ type Server struct {
 	windows sync.Mutex // one change of windows at a time
 }
 
-// Listen makes the socket, mode 0600 in a folder of mode 0700. do must change the tree when all that is recorded is in the lists.
-// windowDir is where the agent has the window mounted.
-func Listen(path string, tree *namespace.Tree, do func(context.Context, func(context.Context) error) error, windowDir string, log *zap.Logger) (*Server, error) {
+// Config is what a Server works with.
+type Config struct {
+	Tree *namespace.Tree
+	// Do changes the tree when all that is recorded is in the lists.
+	Do func(context.Context, func(context.Context) error) error
+	// ParseRules parses rules that a namespace is given, and refuses what the agent does not do.
+	ParseRules func([]byte) (*policy.Policy, error)
+	WindowDir  string // where the agent has the window mounted
+	Log        *zap.Logger
+}
+
+// Listen makes the socket, mode 0600 in a folder of mode 0700.
+func Listen(path string, c Config) (*Server, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, fmt.Errorf("listen: %w; choose another folder with --run-dir", err)
 	}
@@ -68,12 +81,13 @@ func Listen(path string, tree *namespace.Tree, do func(context.Context, func(con
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
 	}
-	s := &Server{tree: tree, do: do, windowDir: windowDir, log: log, path: path, listener: listener}
+	s := &Server{tree: c.Tree, do: c.Do, parse: c.ParseRules, windowDir: c.WindowDir, log: c.Log, path: path, listener: listener}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", s.status)
 	mux.HandleFunc("GET /v1/namespaces", s.namespaces)
 	mux.HandleFunc("GET /v1/namespaces/{name}", s.namespace)
 	mux.HandleFunc("GET /v1/namespaces/{name}/policy", s.policy)
+	mux.HandleFunc("POST /v1/namespaces/{name}/policy", s.loadPolicy)
 	mux.HandleFunc("POST /v1/namespaces/{name}/activate", s.activate)
 	mux.HandleFunc("GET /v1/namespaces/{name}/pcrs", s.pcrs)
 	mux.HandleFunc("GET /v1/namespaces/{name}/measurements", s.measurements)
@@ -81,7 +95,7 @@ func Listen(path string, tree *namespace.Tree, do func(context.Context, func(con
 	mux.HandleFunc("DELETE /v1/namespaces/{name}/window", s.detachWindow)
 	s.http = &http.Server{
 		Handler: s.onlyRoot(mux), ConnContext: peerContext, ReadHeaderTimeout: 5 * time.Second,
-		ErrorLog: zap.NewStdLog(log.Named("control")),
+		ErrorLog: zap.NewStdLog(c.Log.Named("control")),
 	}
 	return s, nil
 }

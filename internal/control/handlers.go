@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"slices"
@@ -162,13 +161,6 @@ func (s *Server) activate(w http.ResponseWriter, r *http.Request) {
 	}
 	if v, ok = s.find(w, r); ok {
 		s.reply(w, jsonNamespace(v.Info))
-	}
-}
-
-func (s *Server) policy(w http.ResponseWriter, r *http.Request) {
-	if v, ok := s.find(w, r); ok {
-		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		io.WriteString(w, v.Policy.String())
 	}
 }
 

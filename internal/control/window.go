@@ -30,7 +30,7 @@ func (c *Client) DetachWindow(ctx context.Context, name string) (Window, error) 
 
 func (c *Client) window(ctx context.Context, method, name string) (Window, error) {
 	var w Window
-	return w, c.decode(ctx, method, "/v1/namespaces/"+url.PathEscape(name)+"/window", &w)
+	return w, c.decode(ctx, method, "/v1/namespaces/"+url.PathEscape(name)+"/window", nil, &w)
 }
 
 func (s *Server) attachWindow(w http.ResponseWriter, r *http.Request) {

@@ -140,6 +140,14 @@ func (s *State) record() error {
 }
 
 func (s *State) writeRecord() error {
+	b, err := json.Marshal(s.description())
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(filepath.Join(s.dir, stateFileName), b)
+}
+
+func (s *State) description() stateFile {
 	p := s.parentNS()
 	f := stateFile{
 		Inum: s.ns.Inum, ID: s.ns.ID, ParentInum: p.Inum, ParentID: p.ID, Template: s.template, Hash: s.algo.String(),
@@ -147,11 +155,7 @@ func (s *State) writeRecord() error {
 	if s.own {
 		f.Own, f.Policy = true, s.policy.Parts()
 	}
-	b, err := json.Marshal(f)
-	if err != nil {
-		return err
-	}
-	return durable.WriteFile(filepath.Join(s.dir, stateFileName), b)
+	return f
 }
 
 func (s *State) parentNS() event.MountNS {
@@ -260,47 +264,6 @@ func (s *State) checkPCRs(ctx context.Context, list *measure.List, recovery meas
 		}
 	}
 	return nil
-}
-
-// close lets go of list and vTPM without ending them.
-func (s *State) close() error {
-	var errs []error
-	if s.list != nil {
-		errs = append(errs, s.list.Close())
-	}
-	s.endStart()
-	if s.tpm != nil {
-		errs = append(errs, s.tpm.Close())
-	}
-	if s.swtpm != nil {
-		errs = append(errs, s.swtpm.Close())
-	}
-	if s.root != nil {
-		errs = append(errs, s.root.Close())
-	}
-	return errors.Join(errs...)
-}
-
-// end ends the vTPM and deletes the folder: the namespace is gone. A crash in between leaves a folder that Reconcile ends.
-func (s *State) end() error {
-	var errs []error
-	if s.root != nil {
-		errs = append(errs, s.root.Close())
-	}
-	if s.list != nil {
-		errs = append(errs, s.list.Close())
-	}
-	s.endStart()
-	if s.tpm != nil {
-		errs = append(errs, s.tpm.Close())
-	}
-	if s.swtpm != nil {
-		errs = append(errs, s.swtpm.Stop())
-	}
-	if s.active {
-		errs = append(errs, vtpm.Remove(s.vtpmConfig()), os.RemoveAll(s.dir))
-	}
-	return errors.Join(errs...)
 }
 
 // sinceBoot returns the time since boot, suspend included.

@@ -36,6 +36,7 @@ import (
 // Config says how namespaces are kept.
 type Config struct {
 	Dir          string // state of this boot; absolute
+	Archive      string // folder for namespaces that end; "": their state goes
 	RunDir       string // sockets; absolute
 	NativePolicy *policy.Policy
 	NSPolicy     *policy.Policy // that new namespaces start with
@@ -70,6 +71,10 @@ type Tree struct {
 	unanchored map[event.MountNS]error // vTPMs that did not come, of which the lists do not tell yet
 
 	starts chan struct{} // holds one for each vTPM being started
+
+	finishing  sync.WaitGroup // of namespaces that ended
+	ending     context.Context
+	stopEnding context.CancelFunc
 }
 
 // cacheSize is how many digests are kept: at about 200 bytes each.
@@ -78,11 +83,12 @@ const cacheSize = 65536
 // New makes an empty tree.
 func New(c Config) *Tree {
 	boot := sinceBoot()
+	ending, stop := context.WithCancel(context.Background())
 	return &Tree{
 		config: c, log: c.Log, store: measure.NewStore(), cache: digest.NewCache(cacheSize), inodes: newInodes(),
 		bootAt: time.Now().Add(-boot), states: make(map[uint64]*State), generation: uint64(boot),
 		recorded: make(map[loader.LossKey]uint64), losses: make(map[event.Loss]uint64), unanchored: make(map[event.MountNS]error),
-		starts: make(chan struct{}, startsAtOnce),
+		starts: make(chan struct{}, startsAtOnce), ending: ending, stopEnding: stop,
 	}
 }
 
@@ -288,7 +294,7 @@ func (t *Tree) Move(m *event.Move) {
 	t.mu.Unlock()
 }
 
-// Death ends a namespace: its vTPM, its list and its folder go, its children become its parent's.
+// Death takes a namespace out of the tree: its vTPM, its list and its folder are on their way out, its children become its parent's.
 func (t *Tree) Death(ns event.MountNS) error {
 	s, ok := t.known(ns)
 	if !ok || s == t.native {
@@ -309,8 +315,9 @@ func (t *Tree) Death(ns event.MountNS) error {
 		errs = append(errs, c.record(), t.publish(c))
 	}
 	close(s.gone)
-	errs = append(errs, s.end(), t.config.Kernel.Forget(s.marks))
+	errs = append(errs, t.config.Kernel.Forget(s.marks))
 	t.log.Debug("namespace ended", zap.Stringer("ns", ns))
+	t.finishing.Go(func() { t.finish(t.ending, s) })
 	return errors.Join(errs...)
 }
 
@@ -369,6 +376,8 @@ const closeTimeout = 5 * time.Second
 func (t *Tree) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
+	defer t.stopEnding()
+	context.AfterFunc(ctx, t.stopEnding)
 	var errs []error
 	for _, s := range t.states {
 		if s.list != nil && s.list.Settle(ctx) != nil {
@@ -378,6 +387,7 @@ func (t *Tree) Close() error {
 	for _, s := range t.states {
 		errs = append(errs, s.close())
 	}
+	t.finishing.Wait()
 	return errors.Join(errs...)
 }
 

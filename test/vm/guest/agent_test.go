@@ -276,10 +276,13 @@ func exits(t *testing.T, name string, args ...string) (int, string) {
 // short reports whether IMANS_SHORT is set: there is little time, so what differs in surroundings only is left out.
 func short() bool { return os.Getenv("IMANS_SHORT") != "" }
 
-// soak returns the full size where IMANS_SOAK is set, else the everyday one.
-func soak(everyday, full int) int {
-	if os.Getenv("IMANS_SOAK") != "" {
-		return full
+// sized returns how much a test does: little where IMANS_SHORT is set, most where IMANS_SOAK is.
+func sized(little, usual, most int) int {
+	switch {
+	case short():
+		return little
+	case os.Getenv("IMANS_SOAK") != "":
+		return most
 	}
-	return everyday
+	return usual
 }

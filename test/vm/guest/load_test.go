@@ -81,7 +81,7 @@ func (a *agent) found(digests map[string]string) (right, violations map[string]i
 }
 
 func TestMainJobShortLivedProcesses(t *testing.T) {
-	n := soak(2000, 10000)
+	n := sized(500, 2000, 10000)
 	for _, mode := range []string{"kernel", "agent"} {
 		t.Run(mode, func(t *testing.T) {
 			a := startAgent(t, "--digest", mode)
@@ -162,7 +162,7 @@ func count(violations map[string]int, prefix string) int {
 func TestMainJobKilledUnderLoad(t *testing.T) {
 	a := startAgent(t)
 	l := startLoad(t, tempDir(t, "/root"), 1<<30, 1)
-	for range soak(10, 100) {
+	for range sized(5, 10, 100) {
 		time.Sleep(300 * time.Millisecond)
 		a.signal(syscall.SIGKILL)
 		time.Sleep(100 * time.Millisecond)

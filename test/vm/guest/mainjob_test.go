@@ -140,7 +140,7 @@ func TestMainJobInodeNumberReuse(t *testing.T) {
 	dir := tempDir(t, "/root")
 	seen := map[uint32]int{}
 	reused := 0
-	for i := range soak(15, 100) {
+	for i := range sized(10, 40, 100) {
 		file := fmt.Sprintf("%s/of-%d", dir, i)
 		makeProgram(t, file)
 		cmd := exec.Command("unshare", "-m", "/bin/bash", "-c", file+"; echo up; read line")

@@ -147,7 +147,7 @@ func TestWindowScripts(t *testing.T) {
 		for _, name := range scripts {
 			t.Run(kind.name+"/"+name, func(t *testing.T) {
 				b := kind.start(t, a.windowDir())
-				b.script(t, name, fmt.Sprintf("ROUNDS=%d", soak(40, 200)))
+				b.script(t, name, fmt.Sprintf("ROUNDS=%d", sized(20, 200, 200)))
 				if !slices.Contains([]string{"activation", "ids", "nested"}, name) {
 					a.verifyNow(b.ns())
 				}
@@ -366,3 +366,35 @@ func TestWindowOfRunningContainer(t *testing.T) {
 
 // exitLacksSomething is what the program exits with when it can't do what it was asked for.
 const exitLacksSomething = 3
+
+// Root of the host gives a container rules from outside: all of them or none, and they judge the next event.
+func TestWindowPolicyLoad(t *testing.T) {
+	a := startAgent(t, "--namespaces", "newns", "--max-rules", "3")
+	b := startMapped(t, a.windowDir())
+	load := func(status int, want, rules string) {
+		t.Helper()
+		got, out := exits(t, program, "policy", "load", a.write("rules", rules), "--ns", b.ns(), "--run-dir", a.dir+"/run")
+		if got != status || !strings.Contains(out, want) {
+			t.Errorf("load %q: exit status %d, want %d with %q: %s", rules, got, status, want, out)
+		}
+	}
+	owned := fmt.Sprintf("measure func=BPRM_CHECK fowner=%d\n", mappedIDs+5)
+	load(exitLacksSomething, "imans-agent ns activate", owned)
+	a.cli("ns", "activate", b.ns())
+	load(0, b.ns(), owned)
+	b.sh(`for p in /tmp/of5 /tmp/of6; do printf '#!/bin/sh\n' >$p; chmod 755 $p; done; chown 5 /tmp/of5; chown 6 /tmp/of6; /tmp/of5; /tmp/of6`)
+	if got := b.sh("cut -d ' ' -f 5 /sys/kernel/security/ima/ascii_runtime_measurements | tr '\\n' ' '"); got != "boot_aggregate /tmp/of5" {
+		t.Errorf("measured: %s", got)
+	}
+	load(exitBadPolicy, "rules:2", "dont_measure func=BPRM_CHECK\nmeasure func=NONSENSE\n")
+	load(exitLacksSomething, "nothing was loaded", "audit func=BPRM_CHECK\naudit func=BPRM_CHECK uid=1\naudit func=BPRM_CHECK uid=2\n")
+	if got := b.sh("sed 's/ *$//' /sys/kernel/security/ima/policy"); got != "measure func=BPRM_CHECK fowner=5" {
+		t.Errorf("the policy is %q", got)
+	}
+	if status, out := exits(t, program, "policy", "load", "exec", "--ns", "native", "--run-dir", a.dir+"/run"); status != exitLacksSomething || !strings.Contains(out, "--policy") {
+		t.Errorf("the native policy: exit status %d: %s", status, out)
+	}
+}
+
+// exitBadPolicy is what the program exits with when a policy is none.
+const exitBadPolicy = 2

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -27,7 +28,7 @@ func TestWindowEnd(t *testing.T) {
 	for _, c := range []struct {
 		tpm    string
 		cycles int
-	}{{"none", soak(1000, 10000)}, {"swtpm", soak(20, 1000)}} {
+	}{{"none", sized(150, 1000, 10000)}, {"swtpm", sized(5, 20, 1000)}} {
 		t.Run(c.tpm, func(t *testing.T) {
 			a := newAgent(t, "--ns-tpm", c.tpm, "--namespaces", "all")
 			a.start()
@@ -38,9 +39,13 @@ func TestWindowEnd(t *testing.T) {
 			t.Logf("%d cycles in %v; held: %v; memory %d KiB, before %d KiB", c.cycles, time.Since(began).Round(time.Second), before, a.memory(), memory)
 			const asking = 8 // descriptors, for the connections of this test's own questions
 			before["file descriptors"] += asking
-			for what, n := range a.leavings() {
-				if n > before[what] {
-					t.Errorf("%s: %d, before %d", what, n, before[what])
+			for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+				more := a.more(before)
+				if more == "" {
+					break
+				} else if time.Now().After(deadline) {
+					t.Errorf("left behind: %s", more)
+					break
 				}
 			}
 			if grown := a.memory() - memory; grown > 16<<10 {
@@ -101,6 +106,9 @@ func (a *agent) leavings() map[string]int {
 	for _, dir := range []string{"state", "run"} {
 		err := filepath.WalkDir(filepath.Join(a.dir, dir), func(_ string, d fs.DirEntry, err error) error {
 			held["files in "+dir]++
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil // it is on its way out
+			}
 			return err
 		})
 		if err != nil {
@@ -111,6 +119,17 @@ func (a *agent) leavings() map[string]int {
 		held[name] = a.mapEntries(name)
 	}
 	return held
+}
+
+// more says of what there is more than before.
+func (a *agent) more(before map[string]int) string {
+	var text strings.Builder
+	for what, n := range a.leavings() {
+		if n > before[what] {
+			fmt.Fprintf(&text, "%s: %d, before %d; ", what, n, before[what])
+		}
+	}
+	return text.String()
 }
 
 // mapEntries counts the entries of a pinned map.
@@ -151,8 +170,8 @@ func (a *agent) memory() int {
 
 // Many namespaces at once, each with its own settings, do not disturb one another.
 func TestWindowMany(t *testing.T) {
-	t.Run("swtpm", func(t *testing.T) { manyNamespaces(t, soak(10*runtime.NumCPU(), 200), "swtpm") })
-	if soak(0, 1) > 0 { // as many vTPMs would not fit into the machine
+	t.Run("swtpm", func(t *testing.T) { manyNamespaces(t, sized(8, 10*runtime.NumCPU(), 200), "swtpm") })
+	if sized(0, 0, 1) > 0 { // as many vTPMs would not fit into the machine
 		t.Run("none", func(t *testing.T) { manyNamespaces(t, 1000, "none") })
 	}
 }
@@ -228,6 +247,68 @@ func manyNamespaces(t *testing.T, many int, tpm string) {
 			break
 		} else if time.Now().After(deadline) {
 			t.Fatalf("%d swtpm processes for %d namespaces", len(left), len(a.namespaces()))
+		}
+	}
+}
+
+// What ended namespaces measured is in the archive, and verifies there without anything else. What can't be archived is kept.
+func TestWindowArchive(t *testing.T) {
+	a := newAgent(t, "--namespaces", "all")
+	archive := a.dir + "/archive"
+	a.args = append(a.args, "--archive", archive)
+	sh(t, fmt.Sprintf("mkdir %[1]s && mount -t tmpfs -o nr_inodes=4 full %[1]s", archive))
+	t.Cleanup(func() { exec.Command("umount", "-l", archive).Run() })
+	a.start()
+	sh(t, "unshare --mount sh -c '/bin/true; /bin/ls /'")
+	kept := func() int { return len(strings.Fields(sh(t, "ls "+a.dir+"/state/boots/*/ns"))) }
+	before := kept()
+	awaitLog(t, a, "was not archived")
+	if got := sh(t, "ls -A "+archive); got != "" {
+		t.Errorf("in the full archive: %s", got)
+	}
+	if n := kept(); n == 0 || n > before {
+		t.Errorf("%d namespaces' state kept", n)
+	}
+	a.signal(syscall.SIGTERM)
+	sh(t, "mount -o remount,nr_inodes=0 "+archive)
+	a.start()
+	awaitLog(t, a, "namespace archived")
+	folder := archive + "/" + sh(t, "ls "+archive)
+	if out := a.cli("verify", folder); !strings.Contains(out, "ok") {
+		t.Errorf("verify: %s", out)
+	}
+	for _, want := range []string{"/usr/bin/ls", "boot_aggregate"} {
+		if !strings.Contains(readFile(t, folder+"/binary_runtime_measurements"), want) {
+			t.Errorf("the archived list lacks %s", want)
+		}
+	}
+	if got, want := readFile(t, folder+"/policy"), "func=BPRM_CHECK"; !strings.Contains(got, want) {
+		t.Errorf("the archived policy is %q", got)
+	}
+	list := []byte(readFile(t, folder+"/binary_runtime_measurements"))
+	list[len(list)/2] ^= 1
+	if err := os.WriteFile(folder+"/binary_runtime_measurements", list, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if status, out := exits(t, program, "verify", folder); status != 1 {
+		t.Errorf("a changed byte: exit status %d: %s", status, out)
+	}
+	for deadline := time.Now().Add(time.Minute); kept() >= before; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the state of what is archived stays")
+		}
+	}
+	if status, out := exits(t, program, append(a.folders(), "--policy", "exec", "--pcr", nativePCR, "--archive", "/proc/nowhere")...); status != exitBadPolicy || !strings.Contains(out, "--archive") {
+		t.Errorf("an archive that can't be: exit status %d: %s", status, out)
+	}
+}
+
+// awaitLog waits for a line of the running agent's log.
+func awaitLog(t *testing.T, a *agent, want string) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !strings.Contains(a.log.String(), want); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("the agent does not say %q", want)
 		}
 	}
 }

@@ -1,0 +1,71 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/namespace"
+)
+
+// policyMax bounds the text of rules that one request loads.
+const policyMax = 16 << 20
+
+// Policy asks for a namespace's rules; the caller closes the text.
+func (c *Client) Policy(ctx context.Context, name string) (io.ReadCloser, error) {
+	return c.get(ctx, policyPath(name))
+}
+
+// LoadPolicy asks for rules to be appended to a namespace's, all of them or none. Their ids are the host's.
+func (c *Client) LoadPolicy(ctx context.Context, name string, rules []byte) (Namespace, error) {
+	var n Namespace
+	return n, c.decode(ctx, http.MethodPost, policyPath(name), bytes.NewReader(rules), &n)
+}
+
+func policyPath(name string) string { return "/v1/namespaces/" + url.PathEscape(name) + "/policy" }
+
+func (s *Server) policy(w http.ResponseWriter, r *http.Request) {
+	if v, ok := s.find(w, r); ok {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		io.WriteString(w, v.Policy.String())
+	}
+}
+
+func (s *Server) loadPolicy(w http.ResponseWriter, r *http.Request) {
+	v, ok := s.find(w, r)
+	if !ok {
+		return
+	}
+	text, err := io.ReadAll(http.MaxBytesReader(w, r.Body, policyMax))
+	if err != nil {
+		s.fail(w, http.StatusRequestEntityTooLarge, fmt.Errorf("read the rules: %w; at most %d bytes", err, policyMax))
+		return
+	}
+	rules, err := s.parse(text)
+	if err != nil {
+		s.fail(w, http.StatusBadRequest, err)
+		return
+	}
+	ns := v.Info.NS
+	err = s.do(r.Context(), func(ctx context.Context) error {
+		if err := s.tree.CheckPolicy(ns, rules, ima.InitialMaps()); err != nil {
+			return err
+		}
+		return s.tree.AppendPolicy(ctx, ns, rules, ima.InitialMaps())
+	})
+	switch {
+	case errors.Is(err, namespace.ErrInactive):
+		s.fail(w, http.StatusConflict, fmt.Errorf("%w; first: imans-agent ns activate %v", err, ns))
+	case err != nil:
+		s.fail(w, http.StatusConflict, fmt.Errorf("nothing was loaded: %w", err))
+	default:
+		if v, ok = s.find(w, r); ok {
+			s.reply(w, jsonNamespace(v.Info))
+		}
+	}
+}
