@@ -1,7 +1,8 @@
 // Package control is the agent's Unix socket: HTTP with JSON, for the command line and other programs of the host's root.
 //
-// Every request is answered as of a moment after it came: what the kernel side had recorded by then is in the answer. Only
-// root of the host may ask; who it is comes from the socket (SO_PEERCRED), never from the request.
+// Every request is answered as of a moment after it came: what the kernel side had recorded by then is in the answer. Root of
+// the host may ask for everything. Where the socket is mounted into a container, root there may ask for the container's own
+// namespace, and learns of no other. Who it is comes from the socket (SO_PEERCRED), never from the request.
 //
 //	GET /v1/status                           what the agent has counted
 //	GET /v1/namespaces                       all namespaces, parents first
@@ -28,8 +29,6 @@ import (
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/sys/unix"
-
 	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/policy"
 )
@@ -83,7 +82,7 @@ func Listen(path string, c Config) (*Server, error) {
 	}
 	s := &Server{tree: c.Tree, do: c.Do, parse: c.ParseRules, windowDir: c.WindowDir, log: c.Log, path: path, listener: listener}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/status", s.status)
+	mux.HandleFunc("GET /v1/status", s.onlyHost(s.status))
 	mux.HandleFunc("GET /v1/namespaces", s.namespaces)
 	mux.HandleFunc("GET /v1/namespaces/{name}", s.namespace)
 	mux.HandleFunc("GET /v1/namespaces/{name}/policy", s.policy)
@@ -91,10 +90,10 @@ func Listen(path string, c Config) (*Server, error) {
 	mux.HandleFunc("POST /v1/namespaces/{name}/activate", s.activate)
 	mux.HandleFunc("GET /v1/namespaces/{name}/pcrs", s.pcrs)
 	mux.HandleFunc("GET /v1/namespaces/{name}/measurements", s.measurements)
-	mux.HandleFunc("POST /v1/namespaces/{name}/window", s.attachWindow)
-	mux.HandleFunc("DELETE /v1/namespaces/{name}/window", s.detachWindow)
+	mux.HandleFunc("POST /v1/namespaces/{name}/window", s.onlyHost(s.attachWindow))
+	mux.HandleFunc("DELETE /v1/namespaces/{name}/window", s.onlyHost(s.detachWindow))
 	s.http = &http.Server{
-		Handler: s.onlyRoot(mux), ConnContext: peerContext, ReadHeaderTimeout: 5 * time.Second,
+		Handler: s.asOfNow(mux), ConnContext: peerContext, ReadHeaderTimeout: 5 * time.Second,
 		ErrorLog: zap.NewStdLog(c.Log.Named("control")),
 	}
 	return s, nil
@@ -121,32 +120,10 @@ func (s *Server) Run(ctx context.Context) error {
 	return nil
 }
 
-type peerKey struct{}
-
-// peerContext takes the caller's credentials from the socket.
-func peerContext(ctx context.Context, c net.Conn) context.Context {
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return ctx
-	}
-	raw, err := u.SyscallConn()
-	if err != nil {
-		return ctx
-	}
-	raw.Control(func(fd uintptr) {
-		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			ctx = context.WithValue(ctx, peerKey{}, cred)
-		}
-	})
-	return ctx
-}
-
-// onlyRoot refuses everyone but root, then waits until what is recorded is in the lists.
-func (s *Server) onlyRoot(next http.Handler) http.Handler {
+// asOfNow refuses who may not ask, then waits until what is recorded is in the lists.
+func (s *Server) asOfNow(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		cred, ok := r.Context().Value(peerKey{}).(*unix.Ucred)
-		if !ok || cred.Uid != 0 {
-			s.fail(w, http.StatusForbidden, errors.New("only root of the host may ask"))
+		if !s.mayAsk(w, r) {
 			return
 		}
 		ctx, cancel := context.WithTimeout(r.Context(), barrierTimeout)

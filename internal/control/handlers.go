@@ -122,17 +122,31 @@ func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 	s.reply(w, Status(counters))
 }
 
-func (s *Server) namespaces(w http.ResponseWriter, _ *http.Request) {
+func (s *Server) namespaces(w http.ResponseWriter, r *http.Request) {
 	list := []Namespace{}
 	for _, i := range s.tree.List() {
-		list = append(list, jsonNamespace(i))
+		if sees(r, i) {
+			list = append(list, shown(r, i))
+		}
 	}
 	s.reply(w, list)
+}
+
+// shown is a namespace as the caller may see it: from inside there is nothing outside.
+func shown(r *http.Request, i namespace.Info) Namespace {
+	n := jsonNamespace(i)
+	if !isHost(r) {
+		n.Parent, n.PID, n.Container = "", 0, ""
+	}
+	return n
 }
 
 // find answers 404 or 409 itself.
 func (s *Server) find(w http.ResponseWriter, r *http.Request) (namespace.View, bool) {
 	v, err := s.tree.Find(r.PathValue("name"))
+	if err == nil && !sees(r, v.Info) || err != nil && !isHost(r) {
+		err = &namespace.NotFoundError{Name: r.PathValue("name")} // whether there is one is not its business
+	}
 	var missing *namespace.NotFoundError
 	switch {
 	case errors.As(err, &missing) && len(missing.Matches) > 0:
@@ -145,7 +159,7 @@ func (s *Server) find(w http.ResponseWriter, r *http.Request) (namespace.View, b
 
 func (s *Server) namespace(w http.ResponseWriter, r *http.Request) {
 	if v, ok := s.find(w, r); ok {
-		s.reply(w, jsonNamespace(v.Info))
+		s.reply(w, shown(r, v.Info))
 	}
 }
 
@@ -160,7 +174,7 @@ func (s *Server) activate(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if v, ok = s.find(w, r); ok {
-		s.reply(w, jsonNamespace(v.Info))
+		s.reply(w, shown(r, v.Info))
 	}
 }
 

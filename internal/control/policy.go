@@ -21,7 +21,7 @@ func (c *Client) Policy(ctx context.Context, name string) (io.ReadCloser, error)
 	return c.get(ctx, policyPath(name))
 }
 
-// LoadPolicy asks for rules to be appended to a namespace's, all of them or none. Their ids are the host's.
+// LoadPolicy asks for rules to be appended to a namespace's, all of them or none. Their ids are the caller's.
 func (c *Client) LoadPolicy(ctx context.Context, name string, rules []byte) (Namespace, error) {
 	var n Namespace
 	return n, c.decode(ctx, http.MethodPost, policyPath(name), bytes.NewReader(rules), &n)
@@ -32,7 +32,7 @@ func policyPath(name string) string { return "/v1/namespaces/" + url.PathEscape(
 func (s *Server) policy(w http.ResponseWriter, r *http.Request) {
 	if v, ok := s.find(w, r); ok {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		io.WriteString(w, v.Policy.String())
+		io.WriteString(w, v.Policy.StringIn(idsOf(r, v.Info)))
 	}
 }
 
@@ -51,12 +51,12 @@ func (s *Server) loadPolicy(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, http.StatusBadRequest, err)
 		return
 	}
-	ns := v.Info.NS
+	ns, maps := v.Info.NS, idsOf(r, v.Info)
 	err = s.do(r.Context(), func(ctx context.Context) error {
-		if err := s.tree.CheckPolicy(ns, rules, ima.InitialMaps()); err != nil {
+		if err := s.tree.CheckPolicy(ns, rules, maps); err != nil {
 			return err
 		}
-		return s.tree.AppendPolicy(ctx, ns, rules, ima.InitialMaps())
+		return s.tree.AppendPolicy(ctx, ns, rules, maps)
 	})
 	switch {
 	case errors.Is(err, namespace.ErrInactive):
@@ -65,7 +65,15 @@ func (s *Server) loadPolicy(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, http.StatusConflict, fmt.Errorf("nothing was loaded: %w", err))
 	default:
 		if v, ok = s.find(w, r); ok {
-			s.reply(w, jsonNamespace(v.Info))
+			s.reply(w, shown(r, v.Info))
 		}
 	}
+}
+
+// idsOf returns how whoever asks about a namespace numbers ids.
+func idsOf(r *http.Request, i namespace.Info) ima.IDMaps {
+	if isHost(r) {
+		return ima.InitialMaps()
+	}
+	return i.IDs
 }
