@@ -4,6 +4,7 @@
 // the host may ask for everything. Where the socket is mounted into a container, root there may ask for the container's own
 // namespace, and learns of no other. Who it is comes from the socket (SO_PEERCRED), never from the request.
 //
+//	GET /v1/openapi.yaml                     describes all this
 //	GET /v1/status                           what the agent has counted
 //	GET /v1/namespaces                       all namespaces, parents first
 //	GET /v1/namespaces/NAME                  one: its inode number, INUM:ID, or "native"
@@ -18,6 +19,7 @@ package control
 
 import (
 	"context"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -82,21 +84,41 @@ func Listen(path string, c Config) (*Server, error) {
 	}
 	s := &Server{tree: c.Tree, do: c.Do, parse: c.ParseRules, windowDir: c.WindowDir, log: c.Log, path: path, listener: listener}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/status", s.onlyHost(s.status))
-	mux.HandleFunc("GET /v1/namespaces", s.namespaces)
-	mux.HandleFunc("GET /v1/namespaces/{name}", s.namespace)
-	mux.HandleFunc("GET /v1/namespaces/{name}/policy", s.policy)
-	mux.HandleFunc("POST /v1/namespaces/{name}/policy", s.loadPolicy)
-	mux.HandleFunc("POST /v1/namespaces/{name}/activate", s.activate)
-	mux.HandleFunc("GET /v1/namespaces/{name}/pcrs", s.pcrs)
-	mux.HandleFunc("GET /v1/namespaces/{name}/measurements", s.measurements)
-	mux.HandleFunc("POST /v1/namespaces/{name}/window", s.onlyHost(s.attachWindow))
-	mux.HandleFunc("DELETE /v1/namespaces/{name}/window", s.onlyHost(s.detachWindow))
+	for pattern, handler := range s.routes() {
+		mux.HandleFunc(pattern, handler)
+	}
 	s.http = &http.Server{
 		Handler: s.asOfNow(mux), ConnContext: peerContext, ReadHeaderTimeout: 5 * time.Second,
 		ErrorLog: zap.NewStdLog(c.Log.Named("control")),
 	}
 	return s, nil
+}
+
+// routes are what openapi.yaml describes.
+func (s *Server) routes() map[string]http.HandlerFunc {
+	return map[string]http.HandlerFunc{
+		"GET /v1/openapi.yaml":                   s.openAPI,
+		"GET /v1/status":                         s.onlyHost(s.status),
+		"GET /v1/namespaces":                     s.namespaces,
+		"GET /v1/namespaces/{name}":              s.namespace,
+		"GET /v1/namespaces/{name}/policy":       s.policy,
+		"POST /v1/namespaces/{name}/policy":      s.loadPolicy,
+		"POST /v1/namespaces/{name}/activate":    s.activate,
+		"GET /v1/namespaces/{name}/pcrs":         s.pcrs,
+		"GET /v1/namespaces/{name}/measurements": s.measurements,
+		"POST /v1/namespaces/{name}/window":      s.onlyHost(s.attachWindow),
+		"DELETE /v1/namespaces/{name}/window":    s.onlyHost(s.detachWindow),
+	}
+}
+
+// OpenAPI describes the socket: openapi.yaml.
+//
+//go:embed openapi.yaml
+var OpenAPI []byte
+
+func (s *Server) openAPI(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/yaml")
+	w.Write(OpenAPI)
 }
 
 // Path returns the socket's path.

@@ -3,11 +3,18 @@
 package guest
 
 import (
+	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os/exec"
 	"strings"
 	"testing"
+
+	"github.com/getkin/kin-openapi/openapi3"
 
 	"imans.dev/imans-agent/internal/control"
 )
@@ -51,7 +58,75 @@ func TestWindowSocket(t *testing.T) {
 			}
 		})
 	}
+	a.answersAsDescribed(theirs)
 	if out := a.cli("ns", "show", theirs); !strings.Contains(out, theirs) {
 		t.Errorf("root of the host: %s", out)
 	}
+}
+
+// answersAsDescribed asks for everything that openapi.yaml describes of a namespace, and holds the answers against it.
+func (a *agent) answersAsDescribed(name string) {
+	a.t.Helper()
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", a.dir+"/run/"+control.SocketName)
+	}}}
+	defer client.CloseIdleConnections()
+	doc, err := openapi3.NewLoader().LoadFromData(control.OpenAPI)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	for path, item := range doc.Paths.Map() {
+		for method, operation := range item.Operations() {
+			for _, name := range []string{name, "1"} { // the second there is not
+				body, query := "", ""
+				if operation.RequestBody != nil {
+					body = "measure func=BPRM_CHECK uid=4321\n"
+				}
+				if strings.HasSuffix(path, "/measurements") {
+					query = "?format=json"
+				}
+				r, err := http.NewRequest(method, "http://agent"+strings.ReplaceAll(path, "{name}", name)+query, strings.NewReader(body))
+				if err != nil {
+					a.t.Fatal(err)
+				}
+				rsp, err := client.Do(r)
+				if err != nil {
+					a.t.Fatal(err)
+				}
+				text, err := io.ReadAll(rsp.Body)
+				rsp.Body.Close()
+				if err != nil {
+					a.t.Fatal(err)
+				}
+				if err := matches(operation, rsp, text); err != nil {
+					a.t.Errorf("%s %s: %s: %v\n%s", method, r.URL.Path, rsp.Status, err, tail(string(text), 500))
+				}
+			}
+		}
+	}
+}
+
+// matches holds an answer against what an operation says of it.
+func matches(operation *openapi3.Operation, rsp *http.Response, text []byte) error {
+	described := operation.Responses.Status(rsp.StatusCode)
+	if described == nil {
+		described = operation.Responses.Default()
+	}
+	kind, _, _ := strings.Cut(rsp.Header.Get("Content-Type"), ";")
+	content := described.Value.Content[kind]
+	if content == nil {
+		return fmt.Errorf("content type %q is not described", kind)
+	}
+	for decoder := json.NewDecoder(bytes.NewReader(text)); strings.HasSuffix(kind, "json"); {
+		var value any
+		if err := decoder.Decode(&value); err == io.EOF {
+			break
+		} else if err != nil {
+			return err
+		}
+		if err := content.Schema.Value.VisitJSON(value); err != nil {
+			return err
+		}
+	}
+	return nil
 }
