@@ -16,8 +16,6 @@ import (
 	"errors"
 	"fmt"
 	"hash"
-	"io"
-	"math"
 	"os"
 	"time"
 
@@ -33,9 +31,6 @@ var (
 	// ErrChanged means that the content is not, or may not be, what the event saw.
 	ErrChanged = errors.New("the content changed")
 )
-
-// readSize is the size in bytes of one read: the fastest measured with SHA-256 (256 KiB).
-const readSize = 256 << 10
 
 // tick is the coarsest step of a file's change time: CONFIG_HZ=100. Content younger than two is not settled.
 const tick = 10 * time.Millisecond
@@ -70,16 +65,14 @@ func Sum(f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error
 		return nil, err
 	}
 	hashes := make([]hash.Hash, len(algos))
-	writers := make([]io.Writer, len(algos))
 	for i, a := range algos {
 		h, ok := a.Hash()
 		if !ok {
 			return nil, fmt.Errorf("hash %s: this program has no %s", f.Name(), a)
 		}
 		hashes[i] = h.New()
-		writers[i] = hashes[i]
 	}
-	total, err := read(f, ev.Content.Size, io.MultiWriter(writers...))
+	total, err := read(f, ev.Content.Size, hashes)
 	if err != nil {
 		return nil, fmt.Errorf("hash %s: %w", f.Name(), err)
 	}
@@ -98,44 +91,6 @@ func Sum(f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error
 		sums[i] = d
 	}
 	return sums, nil
-}
-
-// read writes the file's content and returns its length. What takes more than one read is read ahead while it is hashed.
-func read(f *os.File, size uint64, w io.Writer) (uint64, error) {
-	if size < readSize {
-		n, err := io.CopyBuffer(w, io.NewSectionReader(f, 0, math.MaxInt64), make([]byte, max(size+1, 512)))
-		return uint64(n), err
-	}
-	type part struct {
-		bytes []byte
-		err   error
-	}
-	free, full := make(chan []byte, 2), make(chan part, 2)
-	free <- make([]byte, readSize)
-	free <- make([]byte, readSize)
-	go func() {
-		defer close(full)
-		for at := int64(0); ; {
-			buffer := <-free
-			n, err := f.ReadAt(buffer, at)
-			at += int64(n)
-			full <- part{buffer[:n], err}
-			if err != nil {
-				return
-			}
-		}
-	}()
-	var total uint64
-	var failed error
-	for p := range full {
-		total += uint64(len(p.bytes))
-		w.Write(p.bytes)
-		if p.err != nil && p.err != io.EOF {
-			failed = p.err
-		}
-		free <- p.bytes[:readSize]
-	}
-	return total, failed
 }
 
 // same checks that an open file is the inode and the version that the event saw. Under overlayfs statx shows the real inode's

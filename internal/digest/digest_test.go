@@ -2,9 +2,11 @@ package digest
 
 import (
 	"bytes"
+	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/sha512"
 	"errors"
+	"hash"
 	"os"
 	"path/filepath"
 	"testing"
@@ -187,5 +189,69 @@ func TestSettled(t *testing.T) {
 	c := event.Content{CtimeSec: now.Unix(), CtimeNsec: uint32(now.Nanosecond())}
 	if Settled(c, now.Add(tick)) || !Settled(c, now.Add(2*tick)) {
 		t.Error("settled must mean two ticks old")
+	}
+}
+
+// TestSumMapped: a file that is long enough to be mapped, in several windows with an odd end.
+func TestSumMapped(t *testing.T) {
+	content := bytes.Repeat([]byte("0123456789abcde"), (mapSize+mapFrom)/15)
+	path := filepath.Join(t.TempDir(), "f")
+	for _, size := range []int{mapFrom - 1, mapFrom, mapFrom + 1, len(content)} {
+		writeFile(t, path, content[:size])
+		ev := eventOf(t, path)
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sums, err := Sum(f, ev, ima.SHA256, ima.SHA1)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		want256, want1 := sha256.Sum256(content[:size]), sha1.Sum(content[:size])
+		if !bytes.Equal(sums[0].Bytes(), want256[:]) || !bytes.Equal(sums[1].Bytes(), want1[:]) {
+			t.Errorf("%d bytes: %v", size, sums)
+		}
+	}
+}
+
+// truncating cuts the file at the first write to it.
+type truncating struct {
+	file *os.File
+	to   int64
+	done bool
+}
+
+func (w *truncating) Write(b []byte) (int, error) {
+	if !w.done {
+		w.done = true
+		if err := w.file.Truncate(w.to); err != nil {
+			return 0, err
+		}
+	}
+	sha256.Sum256(b)
+	return len(b), nil
+}
+
+// TestMappedFileCut: a file that is cut while it is mapped is an error, not the end of the process, whether its end is missing
+// from the pages brought in already or from those to come; and Sum finds what changed by reading.
+func TestMappedFileCut(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f")
+	for _, to := range []int64{0, readSize / 2, populateSize} {
+		writeFile(t, path, make([]byte, mapFrom))
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := readMapped(f, mapFrom, &truncating{file: f, to: to}); err == nil {
+			t.Errorf("cut to %d bytes: no error", to)
+		}
+		h := sha256.New()
+		n, err := read(f, mapFrom, []hash.Hash{h})
+		want := sha256.Sum256(make([]byte, to))
+		if err != nil || n != uint64(to) || !bytes.Equal(h.Sum(nil), want[:]) {
+			t.Errorf("cut to %d bytes: read %d bytes, %v", to, n, err)
+		}
+		f.Close()
 	}
 }

@@ -61,6 +61,12 @@ func (x *extender) run(ctx context.Context) {
 func (x *extender) await(ctx context.Context) bool {
 	l, next := x.list, x.list.extended.n+1
 	if x.reader != nil {
+		l.mu.Lock()
+		ready := l.logged.n >= next && l.endErr == nil
+		l.mu.Unlock()
+		if ready {
+			return true // a timer for each entry would wake the one who waits for the TPM
+		}
 		idle, cancel := context.WithTimeout(ctx, idleAfter)
 		err := l.await(idle, &l.logged, next)
 		cancel()
