@@ -1,6 +1,7 @@
 package imalog
 
 import (
+	"bytes"
 	"slices"
 
 	"imans.dev/imans-agent/internal/ima"
@@ -79,8 +80,10 @@ func (b *replayBank) extend(pcr int, sum []byte) {
 		v = &b.pcrs[len(b.pcrs)-1]
 	}
 	var room [2 * ima.MaxDigestSize]byte
-	buf := append(append(room[:0], v.value[:b.algo.Size()]...), sum...)
-	appendSum(v.value[:0], b.algo, buf)
+	size := b.algo.Size()
+	n := copy(room[:], v.value[:size])
+	n += copy(room[n:], sum)
+	appendSum(v.value[:0], b.algo, room[:n])
 }
 
 // Value returns a register's value: zero if nothing was extended, none if the bank is not replayed.
@@ -100,19 +103,19 @@ func (r *Replay) Value(pcr int, bank ima.HashAlgo) ima.Digest {
 	return ima.Digest{}
 }
 
-// AppendValue appends the bytes of Value.
-func (r *Replay) AppendValue(dst []byte, pcr int, bank ima.HashAlgo) []byte {
+// Holds reports whether a register has the given value in a bank that is replayed: it saves the copy that Value makes.
+func (r *Replay) Holds(pcr int, bank ima.HashAlgo, value []byte) bool {
 	for i := range r.banks {
 		b := &r.banks[i]
 		if b.algo != bank {
 			continue
 		}
 		if v := b.find(pcr); v != nil {
-			return append(dst, v.value[:bank.Size()]...)
+			return bytes.Equal(v.value[:bank.Size()], value)
 		}
-		return appendFill(dst, bank, 0)
+		return len(value) == bank.Size() && allZero(value)
 	}
-	return dst
+	return false
 }
 
 // PCRs returns which registers were extended, in rising order.

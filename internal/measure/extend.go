@@ -15,45 +15,63 @@ import (
 // idleAfter is how long the extender keeps its read buffer when there is nothing to extend.
 const idleAfter = time.Second
 
+// aheadMax is how many entries are prepared at once while the TPM works on those before.
+const aheadMax = 64
+
 // extender sends what is logged to the TPM, in order. One goroutine, the only one that extends for the list, owns it. It reads
 // the entries back from the log, whether they were logged a moment ago or before a crash.
 type extender struct {
-	list   *List
-	tpm    TPM
-	banks  []ima.HashAlgo
-	known  map[int]bool   // registers that hold nothing but this list's entries
-	at     int64          // of the first entry that is not extended, in the log
+	list  *List
+	tpm   TPM
+	banks []ima.HashAlgo
+	known map[int]bool // registers that hold nothing but this list's entries
+
+	// Of fill, which runs beside the extending, never twice at a time.
+	at     int64          // of the first entry that is not prepared, in the log
 	reader *imalog.Reader // nil while idle
 	base   int64          // where reader began
+	sum    []byte         // scratch
 
-	entry   imalog.Entry // the one being extended; its memory is used again
-	digests []ima.Digest // its digests, in the order of banks
-	sum     []byte       // scratch
+	now, next ahead // being extended, being prepared
 }
 
-// run extends until the list ends.
+// ahead is entries read back from the log, which were durable before, in order.
+type ahead struct {
+	items []prepared // their memory is used again; nil while idle
+	n     int
+	err   error // what came instead of a further entry
+}
+
+// prepared is an entry and what it extends in each bank, in the order of banks.
+type prepared struct {
+	entry   imalog.Entry
+	digests []ima.Digest
+}
+
+// run extends until the list ends. The TPM need not wait for the next entries' digests: they are computed while it works.
 func (x *extender) run(ctx context.Context) {
 	for x.await(ctx) {
-		if x.reader == nil {
-			x.base = x.at
-			x.reader = imalog.NewReader(&tail{x.list, x.at}, ima.SHA1)
+		x.fill(&x.next)
+		if x.next.n == 0 && x.next.err == nil {
+			x.next.err = io.ErrUnexpectedEOF // what is logged is no longer there
 		}
-		err := x.reader.ReadInto(&x.entry)
-		if err == nil {
-			err = x.extendEntry(ctx)
+		for x.next.n > 0 || x.next.err != nil {
+			x.now, x.next = x.next, x.now
+			filled := make(chan struct{})
+			go func() {
+				defer close(filled)
+				x.fill(&x.next)
+			}()
+			err := x.extendAll(ctx, &x.now)
+			<-filled
+			if errors.Is(err, ErrClosed) {
+				return // the next Open extends what is left
+			}
+			if err != nil {
+				x.list.fail(fmt.Errorf("extend list: %w", err))
+				return
+			}
 		}
-		if errors.Is(err, ErrClosed) {
-			return // the next Open extends what is left
-		}
-		if err != nil {
-			x.list.fail(fmt.Errorf("extend list: %w", err))
-			return
-		}
-		x.at = x.base + x.reader.End()
-		l := x.list
-		l.mu.Lock()
-		l.extended.advance(l.extended.n + 1)
-		l.mu.Unlock()
 	}
 }
 
@@ -61,37 +79,72 @@ func (x *extender) run(ctx context.Context) {
 func (x *extender) await(ctx context.Context) bool {
 	l, next := x.list, x.list.extended.n+1
 	if x.reader != nil {
-		l.mu.Lock()
-		ready := l.logged.n >= next && l.endErr == nil
-		l.mu.Unlock()
-		if ready {
-			return true // a timer for each entry would wake the one who waits for the TPM
-		}
 		idle, cancel := context.WithTimeout(ctx, idleAfter)
 		err := l.await(idle, &l.logged, next)
 		cancel()
 		if err == nil {
 			return !l.hasEnded()
 		}
-		x.reader = nil
+		x.reader, x.now, x.next = nil, ahead{}, ahead{}
 	}
 	return l.await(ctx, &l.logged, next) == nil && !l.hasEnded()
 }
 
-// extendEntry extends x.entry, however long the TPM takes to come back. Errors: ErrClosed, ErrForeign, ErrDiverged.
-func (x *extender) extendEntry(ctx context.Context) error {
-	pcr := x.entry.PCR()
+// fill prepares what is logged and not prepared yet, as far as there is room.
+func (x *extender) fill(a *ahead) {
+	if x.reader == nil {
+		x.base = x.at
+		x.reader = imalog.NewReader(&tail{x.list, x.at}, ima.SHA1)
+	}
+	if a.items == nil {
+		a.items = make([]prepared, aheadMax)
+	}
+	a.n, a.err = 0, nil
+	for a.n < len(a.items) {
+		p := &a.items[a.n]
+		err := x.reader.ReadInto(&p.entry)
+		if err == nil {
+			err = x.setDigests(p)
+		}
+		if err != nil {
+			if err != io.EOF { // the end for now
+				a.err = err
+			}
+			return
+		}
+		x.at = x.base + x.reader.End()
+		a.n++
+	}
+}
+
+// extendAll extends what was prepared. Errors: those of extendEntry, and what came behind the last entry.
+func (x *extender) extendAll(ctx context.Context, a *ahead) error {
+	l := x.list
+	for i := range a.items[:a.n] {
+		if l.hasEnded() {
+			return ErrClosed
+		}
+		if err := x.extendEntry(ctx, &a.items[i]); err != nil {
+			return err
+		}
+		l.mu.Lock()
+		l.extended.advance(l.extended.n + 1)
+		l.mu.Unlock()
+	}
+	return a.err
+}
+
+// extendEntry extends an entry, however long the TPM takes to come back. Errors: ErrClosed, ErrForeign, ErrDiverged.
+func (x *extender) extendEntry(ctx context.Context, p *prepared) error {
+	pcr := p.entry.PCR()
 	if !x.known[pcr] {
 		if err := x.claim(ctx, pcr); err != nil {
 			return err
 		}
 	}
-	if err := x.setDigests(); err != nil {
-		return err
-	}
-	err := x.tpm.Extend(ctx, pcr, x.digests)
+	err := x.tpm.Extend(ctx, pcr, p.digests)
 	if err != nil {
-		return x.persist(ctx, err)
+		return x.persist(ctx, p, err)
 	}
 	// Commit point: before this line a crash leaves the entry logged, and extended or not; Open finds out from the register.
 	return nil
@@ -99,18 +152,18 @@ func (x *extender) extendEntry(ctx context.Context) error {
 
 // setDigests computes what each bank is extended with. A bank whose algorithm this program lacks gets the SHA-1 digest and zeros,
 // as in the kernel, so that it isn't left open to others. Source: ima_calc_field_array_hash in ima_crypto.c.
-func (x *extender) setDigests() error {
-	x.digests = x.digests[:0]
+func (x *extender) setDigests(p *prepared) error {
+	p.digests = p.digests[:0]
 	for _, bank := range x.banks {
-		d := x.entry.ExtendDigest(bank)
+		d := p.entry.ExtendDigest(bank)
 		if d.IsNone() {
-			x.sum = append(x.sum[:0], x.entry.ExtendDigest(ima.SHA1).Bytes()...)
+			x.sum = append(x.sum[:0], p.entry.ExtendDigest(ima.SHA1).Bytes()...)
 			var err error
 			if d, err = ima.NewDigest(bank, append(x.sum, make([]byte, bank.Size()-len(x.sum))...)); err != nil {
 				return err
 			}
 		}
-		x.digests = append(x.digests, d)
+		p.digests = append(p.digests, d)
 	}
 	return nil
 }
@@ -138,7 +191,7 @@ func (x *extender) claim(ctx context.Context, pcr int) error {
 
 // persist goes on after an Extend whose outcome is not known: it connects again, finds out from the registers whether the
 // command was carried out, and sends it again if it was not, until it is done.
-func (x *extender) persist(ctx context.Context, err error) error {
+func (x *extender) persist(ctx context.Context, p *prepared, err error) error {
 	l := x.list
 	var around *surroundings
 	for pause := firstPause; err != nil; pause = min(2*pause, longestPause) {
@@ -153,16 +206,16 @@ func (x *extender) persist(ctx context.Context, err error) error {
 			continue
 		}
 		if around == nil {
-			if around, err = x.surroundings(); err != nil {
+			if around, err = x.surroundings(p); err != nil {
 				return err
 			}
 		}
 		var done bool
 		if done, err = around.extended(ctx, x.tpm); errors.Is(err, ErrDiverged) {
-			return fmt.Errorf("entry %d (%q): %w", l.extended.n, x.entry.Name(), err)
+			return fmt.Errorf("entry %d (%q): %w", l.extended.n, p.entry.Name(), err)
 		}
 		if err == nil && !done {
-			err = x.tpm.Extend(ctx, x.entry.PCR(), x.digests)
+			err = x.tpm.Extend(ctx, p.entry.PCR(), p.digests)
 		}
 	}
 	l.trouble(&l.tpmTrouble, nil, "the TPM is back, extending resumed")
@@ -174,8 +227,8 @@ type surroundings struct {
 	before, after map[int]registers
 }
 
-// surroundings replays the log up to x.entry. It takes seconds for a million entries, which only a TPM in trouble costs.
-func (x *extender) surroundings() (*surroundings, error) {
+// surroundings replays the log up to an entry. It takes seconds for a million entries, which only a TPM in trouble costs.
+func (x *extender) surroundings(p *prepared) (*surroundings, error) {
 	replay := imalog.NewReplay(x.banks...)
 	r := imalog.NewReader(io.NewSectionReader(x.list.file, 0, math.MaxInt64), ima.SHA1)
 	var e imalog.Entry
@@ -186,11 +239,11 @@ func (x *extender) surroundings() (*surroundings, error) {
 		replay.Extend(&e)
 	}
 	s := &surroundings{before: make(map[int]registers), after: make(map[int]registers)}
-	pcrs := append(replay.PCRs(), x.entry.PCR())
+	pcrs := append(replay.PCRs(), p.entry.PCR())
 	for _, pcr := range pcrs {
 		s.before[pcr] = values(replay, pcr)
 	}
-	replay.Extend(&x.entry)
+	replay.Extend(&p.entry)
 	for _, pcr := range pcrs {
 		s.after[pcr] = values(replay, pcr)
 	}

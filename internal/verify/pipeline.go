@@ -14,7 +14,8 @@ import (
 // hash, and the caller's extends and compares, a batch of entries at a time. Batches are used again, so memory does not
 // grow with the list.
 const (
-	batchSize = 256
+	batchSize = 1024      // to hand a batch over costs microseconds
+	readSize  = 256 << 10 // bytes
 	sumSize   = ima.MaxDigestSize
 )
 

@@ -1,7 +1,7 @@
 package verify
 
 import (
-	"bytes"
+	"bufio"
 	"errors"
 	"fmt"
 	"io"
@@ -39,7 +39,7 @@ func List(r io.Reader, opts Options) (Result, error) {
 	if err != nil {
 		return Result{}, fmt.Errorf("verify list: %w", err)
 	}
-	err = c.run(imalog.NewReader(r, c.fileBank))
+	err = c.run(imalog.NewReader(bufio.NewReaderSize(r, readSize), c.fileBank))
 	if corrupt, ok := errors.AsType[*imalog.CorruptError](err); ok {
 		kind := Corrupt
 		if corrupt.Cut {
@@ -197,8 +197,7 @@ func (c *checker) compare(pcr int) {
 		if g.pcr != pcr {
 			continue
 		}
-		var now [sumSize]byte
-		holds := bytes.Equal(c.replay.AppendValue(now[:0], pcr, g.value.Algo()), g.bytes)
+		holds := c.replay.Holds(pcr, g.value.Algo(), g.bytes)
 		if holds {
 			g.after = c.result.Entries
 		}

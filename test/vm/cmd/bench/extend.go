@@ -17,8 +17,8 @@ import (
 )
 
 const (
-	extendPairs = 15
-	extendChunk = 4000 // commands
+	extendPairs = 31
+	extendChunk = 2000 // commands
 )
 
 // benchExtend compares a list's extending with a bare loop of the same commands, with digests made before, on a connection of

@@ -55,7 +55,9 @@ func benchHash(_ context.Context, dir string) ([]figure, error) {
 	if err != nil {
 		return nil, err
 	}
-	rate := func(c []cost, by func(cost) time.Duration) float64 { return float64(len(content)) / 1e6 / middle(c, by).Seconds() }
+	rate := func(c []cost, by func(cost) time.Duration) float64 {
+		return float64(len(content)) / 1e6 / middle(c, by).Seconds()
+	}
 	return []figure{{
 		name: "hashing a 256 MiB file: speed to plain SHA-256 in memory", format: "%.3f", target: "at least 0.95",
 		ratios: ratios(ours, plain, wall), parts: fmt.Sprintf("%.0f : %.0f MB/s", rate(ours, wall), rate(plain, wall)),
