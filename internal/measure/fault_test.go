@@ -2,7 +2,9 @@ package measure
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"sync"
 	"syscall"
@@ -120,5 +122,66 @@ func TestEachStepLostOrUnacknowledged(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// everyNth loses the connection at each n-th extend, carried out or not in turn.
+type everyNth struct {
+	*tpmext.TPM
+	n, calls int
+}
+
+func (t *everyNth) Extend(ctx context.Context, pcr int, digests []ima.Digest) error {
+	t.calls++
+	switch t.calls % (2 * t.n) {
+	case t.n:
+		return tpmext.ErrUnavailable
+	case 0:
+		if err := t.TPM.Extend(ctx, pcr, digests); err != nil {
+			return err
+		}
+		return tpmext.ErrUnavailable
+	}
+	return t.TPM.Extend(ctx, pcr, digests)
+}
+
+// TestBacklogWithFaults: far more entries than are prepared at once, with a TPM that goes away among them.
+func TestBacklogWithFaults(t *testing.T) {
+	b := newBench(t)
+	c := b.config()
+	flaky := &everyNth{TPM: b.tpm, n: 37}
+	c.TPM = flaky
+	l, _ := b.open(c)
+	const n = 5 * aheadMax
+	for i := range n {
+		l.Append(numbered(t, i))
+	}
+	await(t, l.Settle)
+	l.Close()
+	if names := b.check(); len(names) != n+1 || flaky.calls <= n+1 {
+		t.Errorf("%d entries by %d commands, want %d each once", len(names), flaky.calls, n+1)
+	}
+}
+
+// emptied is a log whose content is gone once it was written.
+type emptied struct{ *os.File }
+
+func (emptied) ReadAt([]byte, int64) (int, error) { return 0, io.EOF }
+
+// TestLogGone: a log that lost what was logged ends the list, and nothing is extended.
+func TestLogGone(t *testing.T) {
+	b := newBench(t)
+	c := b.config()
+	c.OpenFile = func(path string) (File, error) {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+		return emptied{f}, err
+	}
+	l, _ := b.open(c)
+	defer l.Close()
+	if err := l.Append(entry(t, 1)).Extended(t.Context()); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("extended: %v", err)
+	}
+	if s := l.Status(); s.Fatal == nil || s.Extended != 0 {
+		t.Errorf("%+v", s)
 	}
 }

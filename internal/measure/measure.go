@@ -135,7 +135,7 @@ const recentMax = 256
 
 // Open recovers the list in the folder, or begins it. Errors: ErrAltered, ErrDiverged, ErrForeign, with numbers and what to do;
 // then neither log nor TPM was changed. durable.ErrLocked: another process has it open. The context is for opening only. The
-// list owns two goroutines, a writer and (with a TPM) an extender, that end with Close.
+// list owns two goroutines, a writer and (with a TPM) an extender, that end with Close; the extender has a helper while it extends.
 func Open(ctx context.Context, c Config) (*List, Recovery, error) {
 	if c.OpenFile == nil {
 		c.OpenFile = func(path string) (File, error) { return durable.OpenLog(path) }

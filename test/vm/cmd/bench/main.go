@@ -2,7 +2,9 @@
 // spread over several rounds: smallest, median, largest.
 //
 // The cost of an exec is counted in instructions, in a virtual machine whose clock counts them (QEMU's -icount), so it does not
-// depend on the host's load. The other figures are wall time on this machine.
+// depend on the host's load. Hashing, extending and verifying are measured in pairs, one of ours and one of theirs in turn, each
+// pair giving a ratio: of wall time, and where both sides only compute also of processor time, which other work on the machine
+// changes less.
 package main
 
 import (
