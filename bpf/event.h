@@ -159,6 +159,19 @@ struct imans_measured_content {
 	__u32 func;     /* func and, shifted left by 8, the flags that a rule can see, IMANS_IDS_IGNORED too */
 };
 
+/*
+ * measured_slots: what measured_contents holds, once more where a look costs no hashing. Written by the agent alone, in memory
+ * shared with it: the sequence is odd while it writes, and never the same for two contents. 64 bytes, a cache line.
+ */
+struct imans_measured_slot {
+	__u64 sequence;
+	struct imans_measured_content content;
+	__u64 pad;
+};
+
+#define IMANS_SLOT_BITS 12
+#define IMANS_SLOT_FACTOR 0x9e3779b97f4a7c15ull /* 2^64 divided by the golden ratio */
+
 /* measured_by_subject: the same, for chains with a rule that names an id. 72 bytes. */
 struct imans_measured_key {
 	struct imans_measured_content content;

@@ -46,39 +46,53 @@ int BPF_PROG(imans_bprm_check_security, struct linux_binprm *bprm, int ret)
 	return ret;
 }
 
-/* Sleepable, as it runs before mmap_lock is taken. The check for NULL is compulsory since 7.0. */
-SEC("lsm.s/mmap_file")
-int BPF_PROG(imans_mmap_file, struct file *file, unsigned long reqprot, unsigned long prot, unsigned long flags, int ret)
+static __noinline int imans_map_executable(struct file *file, __u32 flags)
 {
 	struct imans_look look;
 
-	if (ret || !file || !(prot & PROT_EXEC))
-		return ret;
-	if (imans_needs_event(file, IMANS_MMAP_CHECK, reqprot & PROT_EXEC ? IMANS_REQPROT : 0, &look)) {
+	if (imans_needs_event(file, IMANS_MMAP_CHECK, flags, &look)) {
 		look.vma_start = look.vma_end = 0;
 		imans_submit_file(file, &look);
 	}
-	return ret;
+	return 0;
 }
 
 /*
- * Not sleepable: it runs under mmap_lock, where reading a file could wait for that very lock. So there is no digest and no
- * path: the agent finds both through the mapping. An overlayfs file's vm_file is the real file already.
+ * Sleepable, as it runs before mmap_lock is taken. The check for NULL is compulsory since 7.0. Most mappings are not executable: the
+ * rest is a function of its own, so that here no register need be saved for it.
  */
-SEC("lsm/file_mprotect")
-int BPF_PROG(imans_file_mprotect, struct vm_area_struct *vma, unsigned long reqprot, unsigned long prot, int ret)
+SEC("lsm.s/mmap_file")
+int BPF_PROG(imans_mmap_file, struct file *file, unsigned long reqprot, unsigned long prot, unsigned long flags, int ret)
+{
+	if (!(prot & PROT_EXEC) || ret || !file)
+		return ret;
+	return imans_map_executable(file, reqprot & PROT_EXEC ? IMANS_REQPROT : 0);
+}
+
+static __noinline int imans_make_executable(struct vm_area_struct *vma, __u32 flags)
 {
 	struct file *file = vma->vm_file;
 	struct imans_look look;
 
-	if (ret || !file || !(prot & PROT_EXEC) || (vma->vm_flags & VM_EXEC))
-		return ret;
-	if (imans_needs_event(file, IMANS_MMAP_CHECK, IMANS_MPROTECT | (reqprot & PROT_EXEC ? IMANS_REQPROT : 0), &look)) {
+	if (file && !(vma->vm_flags & VM_EXEC) && imans_needs_event(file, IMANS_MMAP_CHECK, flags, &look)) {
 		look.vma_start = vma->vm_start;
 		look.vma_end = vma->vm_end;
 		imans_submit_mapping(file, &look);
 	}
-	return ret;
+	return 0;
+}
+
+/*
+ * Not sleepable: it runs under mmap_lock, where reading a file could wait for that very lock. So there is no digest and no
+ * path: the agent finds both through the mapping. An overlayfs file's vm_file is the real file already. (fentry would cost a
+ * third less, but the kernel skips a tracing program that was interrupted by itself.)
+ */
+SEC("lsm/file_mprotect")
+int BPF_PROG(imans_file_mprotect, struct vm_area_struct *vma, unsigned long reqprot, unsigned long prot, int ret)
+{
+	if (!(prot & PROT_EXEC) || ret)
+		return ret;
+	return imans_make_executable(vma, IMANS_MPROTECT | (reqprot & PROT_EXEC ? IMANS_REQPROT : 0));
 }
 
 /* ---- Mount namespaces ---- */

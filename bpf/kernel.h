@@ -31,6 +31,7 @@ enum bpf_map_type {
 /* include/uapi/linux/bpf.h */
 #define BPF_ANY 0
 #define BPF_NOEXIST 1
+#define BPF_F_MMAPABLE (1 << 10)
 #define BPF_RB_NO_WAKEUP 1
 #define BPF_RB_FORCE_WAKEUP 2
 /* include/uapi/linux/magic.h */

@@ -18,9 +18,10 @@ const (
 	sleepAfter = 20
 	// batchMax is how many records are read before their entries are waited for.
 	batchMax = 1024
-	// lossEvery is how often the loss counters are looked at.
+	// lossEvery is how often the loss counters are looked at while records come.
 	lossEvery = 250 * time.Millisecond
-	// kernelIMAEvery is how often the kernel's own IMA is looked at.
+	// kernelIMAEvery is how often the kernel's own IMA is looked at, and, while the pump sleeps, the loss counters too: each tick of
+	// an idle agent costs the machine as much as 600 measured files.
 	kernelIMAEvery = time.Second
 )
 
@@ -75,14 +76,18 @@ func (p *pump) run(ctx context.Context) error {
 			}
 		case sleep <- struct{}{}:
 			empty++ // asleep
+			loss.Stop()
 		case <-p.woken:
 			empty = 0
 			poll.Reset(pollEvery)
+			loss.Reset(lossEvery)
 			_, err = p.batch(ctx)
 		case <-loss.C:
 			err = p.losses(ctx)
 		case <-kernelIMA.C:
-			err = p.watchKernelIMA()
+			if err = p.watchKernelIMA(); err == nil && empty > sleepAfter {
+				err = p.losses(ctx)
+			}
 		case r := <-p.requests:
 			if err = p.drain(ctx); err != nil {
 				r.reply <- err

@@ -46,6 +46,13 @@ type imansImansMeasuredKey struct {
 	Sgid    uint32
 }
 
+type imansImansMeasuredSlot struct {
+	_        structs.HostLayout
+	Sequence uint64
+	Content  imansImansMeasuredContent
+	Pad      uint64
+}
+
 type imansImansMountNamespace struct {
 	_          structs.HostLayout
 	Parent     uint64
@@ -78,6 +85,7 @@ const (
 	imansMapLosses                     = "losses"
 	imansMapMeasuredBySubject          = "measured_by_subject"
 	imansMapMeasuredContents           = "measured_contents"
+	imansMapMeasuredSlots              = "measured_slots"
 	imansMapMountNamespaces            = "mount_namespaces"
 	imansMapNamespaceIds               = "namespace_ids"
 	imansMapNamespacePolicies          = "namespace_policies"
@@ -158,6 +166,7 @@ type imansMapSpecs struct {
 	Losses            *ebpf.MapSpec `ebpf:"losses"`
 	MeasuredBySubject *ebpf.MapSpec `ebpf:"measured_by_subject"`
 	MeasuredContents  *ebpf.MapSpec `ebpf:"measured_contents"`
+	MeasuredSlots     *ebpf.MapSpec `ebpf:"measured_slots"`
 	MountNamespaces   *ebpf.MapSpec `ebpf:"mount_namespaces"`
 	NamespaceIds      *ebpf.MapSpec `ebpf:"namespace_ids"`
 	NamespacePolicies *ebpf.MapSpec `ebpf:"namespace_policies"`
@@ -202,6 +211,7 @@ type imansMaps struct {
 	Losses            *ebpf.Map `ebpf:"losses"`
 	MeasuredBySubject *ebpf.Map `ebpf:"measured_by_subject"`
 	MeasuredContents  *ebpf.Map `ebpf:"measured_contents"`
+	MeasuredSlots     *ebpf.Map `ebpf:"measured_slots"`
 	MountNamespaces   *ebpf.Map `ebpf:"mount_namespaces"`
 	NamespaceIds      *ebpf.Map `ebpf:"namespace_ids"`
 	NamespacePolicies *ebpf.Map `ebpf:"namespace_policies"`
@@ -215,6 +225,7 @@ func (m *imansMaps) Close() error {
 		m.Losses,
 		m.MeasuredBySubject,
 		m.MeasuredContents,
+		m.MeasuredSlots,
 		m.MountNamespaces,
 		m.NamespaceIds,
 		m.NamespacePolicies,

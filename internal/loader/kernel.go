@@ -46,6 +46,7 @@ type Kernel struct {
 	maps   map[string]*ebpf.Map
 	links  map[string]link.Link
 	ring   *ring
+	slots  *slots
 	origin Origin
 }
 
@@ -188,12 +189,18 @@ func (k *Kernel) MarkMeasured(key event.MeasuredKey) error {
 	if err != nil {
 		return fmt.Errorf("mark content as measured: %w", err)
 	}
+	if key.IDsIgnored() {
+		k.slots.put(key.Content)
+	}
 	return nil
 }
 
 // Forget drops marks. One that is not there is no error.
 func (k *Kernel) Forget(keys []event.MeasuredKey) error {
 	for _, key := range keys {
+		if key.IDsIgnored() {
+			k.slots.drop(key.Content)
+		}
 		m, raw := k.marks(key)
 		if err := m.Delete(raw); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("forget measured content: %w", err)
@@ -204,6 +211,7 @@ func (k *Kernel) Forget(keys []event.MeasuredKey) error {
 
 // ForgetAll drops all marks, as for an agent that has just begun: it gives every namespace a new generation.
 func (k *Kernel) ForgetAll() error {
+	k.slots.clear()
 	return errors.Join(empty(k.maps[imansMapMeasuredContents]), empty(k.maps[imansMapMeasuredBySubject]))
 }
 
@@ -279,6 +287,9 @@ func (k *Kernel) Close() error {
 	var errs []error
 	if k.ring != nil {
 		errs = append(errs, k.ring.close())
+	}
+	if k.slots != nil {
+		errs = append(errs, k.slots.close())
 	}
 	for _, l := range k.links {
 		errs = append(errs, l.Close())

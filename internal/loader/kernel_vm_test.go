@@ -331,3 +331,50 @@ func TestKernelLossIsCounted(t *testing.T) {
 		t.Error("no loss was counted with a ring buffer of one page")
 	}
 }
+
+// Both ends find the same slot: a mark that is in none of the hash maps any more is still found, until it is forgotten.
+func TestKernelMarkIsFoundInItsSlot(t *testing.T) {
+	k := open(t, Options{KernelDigest: true})
+	defer Unload(testPins)
+	defer k.Close()
+	judgeAll(t, k)
+	for _, path := range []string{"/root/imans-slot", "/tmp/imans-slot"} {
+		program(t, path)
+		defer os.Remove(path)
+		execs(t, path)
+		var keys []event.MeasuredKey
+		for _, f := range files(t, k, path) {
+			keys = append(keys, f.MeasuredKey())
+			if err := k.MarkMeasured(f.MeasuredKey()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := empty(k.maps[imansMapMeasuredContents]); err != nil {
+			t.Fatal(err)
+		}
+		execs(t, path)
+		if got := files(t, k, path); len(keys) == 0 || len(got) != 0 {
+			t.Errorf("%s: %d marks, %d events though they are in their slots", path, len(keys), len(got))
+		}
+		for _, key := range keys {
+			at := &k.slots.table[slotOf(key.Content)]
+			at.sequence |= 1 // as a writer leaves it that was killed
+		}
+		execs(t, path)
+		if got := files(t, k, path); len(got) != len(keys) {
+			t.Errorf("%s: %d events of %d while their slots are being written", path, len(got), len(keys))
+		}
+		for _, key := range keys {
+			if err := k.MarkMeasured(key); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := k.Forget(keys); err != nil {
+			t.Fatal(err)
+		}
+		execs(t, path)
+		if got := files(t, k, path); len(got) != len(keys) {
+			t.Errorf("%s: %d events of %d after all was forgotten", path, len(got), len(keys))
+		}
+	}
+}

@@ -26,6 +26,7 @@ imans_death 32: header 0
 imans_move 56: header 0, from 32, from_inum 40, tgid 44, start_boottime 48
 imans_task 40: mntns 0, parent_mntns 8, start_boottime 16, inum 24, parent_inum 28, tgid 32, pid 36
 imans_measured_content 48: policy 0, version 8, seen_dev 40, func 44
+imans_measured_slot 64: sequence 0, content 8, pad 56
 imans_measured_key 72: content 0, uid 48, euid 52, suid 56, gid 60, egid 64, sgid 68
 imans_mount_namespace 16: parent 0, inum 8, parent_inum 12
 imans_namespace_policy 24: generation 0, flags 8, pad 12, mntns 16
@@ -58,6 +59,7 @@ func TestLayoutIsTheObjects(t *testing.T) {
 	}
 	for name, sizes := range map[string][2]uintptr{
 		"key":             {unsafe.Sizeof(event.MeasuredKey{}), unsafe.Sizeof(imansImansMeasuredKey{})},
+		"slot":            {unsafe.Sizeof(slot{}), unsafe.Sizeof(imansImansMeasuredSlot{})},
 		"mount namespace": {unsafe.Sizeof(mountNamespace{}), unsafe.Sizeof(imansImansMountNamespace{})},
 		"policy":          {unsafe.Sizeof(namespacePolicy{}), unsafe.Sizeof(imansImansNamespacePolicy{})},
 	} {

@@ -102,8 +102,8 @@ func build(o Options) [sha256.Size]byte {
 // pinnedMaps are the maps that outlive the agent; the others belong to the programs alone.
 func pinnedMaps() []string {
 	return []string{
-		imansMapEvents, imansMapLosses, imansMapMeasuredBySubject, imansMapMeasuredContents, imansMapMountNamespaces, imansMapNamespaceIds,
-		imansMapNamespacePolicies, imansMapSettings,
+		imansMapEvents, imansMapLosses, imansMapMeasuredBySubject, imansMapMeasuredContents, imansMapMeasuredSlots,
+		imansMapMountNamespaces, imansMapNamespaceIds, imansMapNamespacePolicies, imansMapSettings,
 	}
 }
 
@@ -278,11 +278,13 @@ func pinBuild(o Options) error {
 }
 
 func (k *Kernel) start() error {
-	ring, err := openRing(k.maps[imansMapEvents])
-	if err != nil {
+	var err error
+	if k.ring, err = openRing(k.maps[imansMapEvents]); err != nil {
 		return errors.Join(err, k.Close())
 	}
-	k.ring = ring
+	if k.slots, err = openSlots(k.maps[imansMapMeasuredSlots]); err != nil {
+		return errors.Join(err, k.Close())
+	}
 	return nil
 }
 
