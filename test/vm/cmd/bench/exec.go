@@ -38,37 +38,43 @@ const (
 // benchExec compares the instructions of an exec without us, with us, and with the kernel's own IMA: with a policy as ours, and with
 // the one of its own that it has when it boots with tcbOption.
 func benchExec(ctx context.Context, dir string) ([]figure, error) {
-	if err := vm.Missing(); err != nil {
-		return nil, err
-	}
-	repo, err := os.Getwd()
+	img, payload, err := counting(ctx, filepath.Join(dir, "exec"))
 	if err != nil {
 		return nil, err
 	}
-	payload, err := vm.BuildPayload(ctx, repo, filepath.Join(dir, "payload"), vm.PayloadOptions{})
-	if err != nil {
-		return nil, err
-	}
-	if err := compile(ctx, payload.Dir); err != nil {
-		return nil, err
-	}
-	k, err := vm.Find(execKernel)
-	if err != nil {
-		return nil, err
-	}
-	cache, err := vm.OpenCache("", func(format string, args ...any) { fmt.Fprintf(os.Stderr, "bench: "+format+"\n", args...) })
-	if err != nil {
-		return nil, err
-	}
-	img, err := cache.Prepare(ctx, k)
-	if err != nil {
-		return nil, err
-	}
-	outputs, err := measureExec(ctx, img, payload.Dir)
+	outputs, err := measureExec(ctx, img, payload)
 	if err != nil {
 		return nil, err
 	}
 	return execFigures(outputs)
+}
+
+// counting prepares what a machine that counts instructions boots, and in dir what it runs.
+func counting(ctx context.Context, dir string) (*vm.Image, string, error) {
+	if err := vm.Missing(); err != nil {
+		return nil, "", err
+	}
+	repo, err := os.Getwd()
+	if err != nil {
+		return nil, "", err
+	}
+	payload, err := vm.BuildPayload(ctx, repo, dir, vm.PayloadOptions{})
+	if err != nil {
+		return nil, "", err
+	}
+	if err := compile(ctx, payload.Dir); err != nil {
+		return nil, "", err
+	}
+	k, err := vm.Find(execKernel)
+	if err != nil {
+		return nil, "", err
+	}
+	cache, err := vm.OpenCache("", func(format string, args ...any) { fmt.Fprintf(os.Stderr, "bench: "+format+"\n", args...) })
+	if err != nil {
+		return nil, "", err
+	}
+	img, err := cache.Prepare(ctx, k)
+	return img, payload.Dir, err
 }
 
 // measureExec boots the machines, one after the other, and returns all that exec.sh printed.
@@ -96,16 +102,18 @@ func measureExec(ctx context.Context, img *vm.Image, payload string) (string, er
 	return out.String(), err
 }
 
-// compile makes the spawn loop and the programs that it runs.
+// compile makes the loops and the programs that they run.
 func compile(ctx context.Context, dir string) error {
-	if err := os.WriteFile(filepath.Join(dir, "exec.sh"), execScript, 0o755); err != nil {
-		return err
+	for name, script := range map[string][]byte{"exec.sh": execScript, "clone.sh": cloneScript} {
+		if err := os.WriteFile(filepath.Join(dir, name), script, 0o755); err != nil {
+			return err
+		}
 	}
 	for _, c := range []struct {
 		name   string
 		source []byte
 		flags  []string
-	}{{"spawn", spawnSource, []string{"-static"}}, {"static", nothingSource, []string{"-static"}}, {"dynamic", nothingSource, nil}} {
+	}{{"spawn", spawnSource, []string{"-static"}}, {"clone", cloneSource, []string{"-static"}}, {"static", nothingSource, []string{"-static"}}, {"dynamic", nothingSource, nil}} {
 		args := append([]string{"-O2", "-x", "c", "-", "-o", filepath.Join(dir, c.name)}, c.flags...)
 		cmd := exec.CommandContext(ctx, "gcc", args...)
 		cmd.Stdin = bytes.NewReader(c.source)
@@ -117,14 +125,7 @@ func compile(ctx context.Context, dir string) error {
 }
 
 func execFigures(output string) ([]figure, error) {
-	values := map[string][]float64{}
-	for line := range strings.Lines(output) {
-		var condition, kind string
-		var ns float64
-		if n, _ := fmt.Sscan(line, &condition, &kind, &ns); n == 3 {
-			values[condition+" "+kind] = append(values[condition+" "+kind], ns)
-		}
-	}
+	values := readings(output)
 	var figures []figure
 	for _, kind := range []string{"static", "dynamic"} {
 		bare, agent, ima := values["second-nothing "+kind], values["second-agent "+kind], values["second-kernel-ima "+kind]
@@ -152,6 +153,19 @@ func execFigures(output string) ([]figure, error) {
 		}
 	}
 	return figures, nil
+}
+
+// readings are the numbers of lines "CONDITION KIND NUMBER", by condition and kind.
+func readings(output string) map[string][]float64 {
+	values := map[string][]float64{}
+	for line := range strings.Lines(output) {
+		var condition, kind string
+		var ns float64
+		if n, _ := fmt.Sscan(line, &condition, &kind, &ns); n == 3 {
+			values[condition+" "+kind] = append(values[condition+" "+kind], ns)
+		}
+	}
+	return values
 }
 
 // share is what the agent costs as a part of what the peer costs in the middle.
