@@ -4,7 +4,8 @@
 #   exec.sh alone ROUNDS SPAWNS NAME   this boot as it is
 # What a spawn costs drifts with the machine's age by more than what is to be measured, so each round of a condition stands
 # between two without any. Addresses are not randomized: they change how many pages a process touches.
-set -euo pipefail
+set -Eeuo pipefail
+trap 'echo "exec.sh: line $LINENO: $BASH_COMMAND" && cat /root/agent.log' ERR
 mode=$1 rounds=$2 spawns=$3
 cp /payload/{spawn,static,dynamic,imans-agent} /root/ && cd /root
 mount -o remount,noatime / 2>/dev/null || true
@@ -27,7 +28,8 @@ start() {
 	tpm2_pcrreset -T device:/dev/tpmrm0 16
 	./imans-agent --policy exec --pcr 16 >agent.log 2>&1 &
 	agent=$!
-	until ./imans-agent ns >/dev/null 2>&1; do sleep 0.1; kill -0 $agent || { cat agent.log >&2; exit 1; }; done
+	until ./imans-agent ns >/dev/null 2>&1; do sleep 0.1; kill -0 $agent; done
+	sleep 30 # its start leaves work to Go's runtime
 }
 stop() {
 	kill -TERM $agent
