@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// Patience is how long Ask waits.
-const Patience = 500 * time.Millisecond
+// Patience is how long Ask waits: long, as a machine with too much to do also lets a look wait.
+const Patience = 3 * time.Second
 
 var (
 	mu    sync.Mutex
