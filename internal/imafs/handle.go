@@ -13,7 +13,7 @@ type handle interface {
 	read(ctx context.Context, dest []byte, off int64) (int, error)
 	write(ctx context.Context, data []byte, off int64) (int, error)
 	// flush is one of possibly several closes; release comes after the last, when nobody waits any more.
-	flush() error
+	flush(by uint32) error // before a close by that task returns
 	release()
 }
 
@@ -70,7 +70,7 @@ func (t *text) read(ctx context.Context, dest []byte, off int64) (int, error) {
 }
 
 func (t *text) write(context.Context, []byte, int64) (int, error) { return 0, unix.EINVAL }
-func (t *text) flush() error                                      { return nil }
+func (t *text) flush(uint32) error                                { return nil }
 func (t *text) release()                                          {}
 
 // position follows where writes go. The kernel's files do not count what was written, FUSE does: a write where the last one

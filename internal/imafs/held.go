@@ -11,10 +11,10 @@ import (
 	"imans.dev/imans-agent/internal/proc"
 )
 
-// heldOpen reports whether a process of that mount namespace has, or may have, the file of that inode number open for writing. It
-// asks no file system but proc: what others run could let it wait for ever. The process that closes the file may be one of those
-// that proc itself waits for.
-func heldOpen(inum uint32, ino uint64) bool {
+// heldOpen reports whether a process of that mount namespace has the file of that inode number open for writing. It asks no file
+// system but proc: what others run could let it wait for ever. A process that proc itself waits for counts as none that has it
+// open, but for the one that is closing it: that waits for us, and closes all that it has.
+func heldOpen(inum uint32, ino uint64, closing uint32) bool {
 	dir, err := os.Open("/proc")
 	if err != nil {
 		return false
@@ -33,7 +33,7 @@ func heldOpen(inum uint32, ino uint64) bool {
 			n, err := callerNS(uint32(pid))
 			return err == nil && n == inum && holds(pid, ino)
 		})
-		if held || !ok {
+		if held || !ok && uint32(pid) == closing {
 			return true
 		}
 	}

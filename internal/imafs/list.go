@@ -133,5 +133,5 @@ func (l *list) fill(ctx context.Context, off int64, n int) error {
 }
 
 func (l *list) write(context.Context, []byte, int64) (int, error) { return 0, unix.EINVAL }
-func (l *list) flush() error                                      { return nil }
+func (l *list) flush(uint32) error                                { return nil }
 func (l *list) release()                                          {}

@@ -45,7 +45,7 @@ func (w *policyWriter) begin() error {
 		return unix.EBUSY
 	}
 	defer other.mu.Unlock()
-	gone := ended(other.view) || other.idle && !heldOpen(other.task.NS.Inum, other.ino)
+	gone := ended(other.view) || other.idle && !heldOpen(other.task.NS.Inum, other.ino, 0)
 	if !other.closed && !gone {
 		return unix.EBUSY
 	}
@@ -121,13 +121,13 @@ func (w *policyWriter) add(text []byte) error {
 }
 
 // flush is called before a close returns, of one descriptor of possibly several.
-func (w *policyWriter) flush() error {
+func (w *policyWriter) flush(by uint32) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.closed {
 		return nil
 	}
-	if heldOpen(w.task.NS.Inum, w.ino) {
+	if heldOpen(w.task.NS.Inum, w.ino, by) {
 		w.idle = true
 		return nil
 	}

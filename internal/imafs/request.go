@@ -227,7 +227,7 @@ func (s *fileSystem) Flush(_ <-chan struct{}, in *fuse.FlushIn) fuse.Status {
 	if !ok {
 		return s.status(errUnexpected)
 	}
-	return s.status(h.flush())
+	return s.status(h.flush(in.Pid))
 }
 
 // Fsync implements fuse.RawFileSystem: there is nothing to wait for.

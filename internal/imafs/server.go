@@ -96,9 +96,8 @@ func (s *Server) Run(ctx context.Context) error {
 		defer close(served)
 		s.fuse.Serve()
 	}()
-	if err := s.fuse.WaitMount(); err != nil {
-		s.log.Warn("the window does not answer", zap.Error(err))
-	}
+	// No WaitMount here: it opens a file of the window's own. Killed meanwhile, the agent would wait for itself as it closes that
+	// file, and for ever. The agent opens none.
 	select {
 	case <-served:
 		return fmt.Errorf("the window at %s was unmounted; restart the agent", s.dir)

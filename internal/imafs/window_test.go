@@ -286,6 +286,9 @@ func open(t testing.TB) *window {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
+	if err := s.fuse.WaitMount(); err != nil { // this process opens files of the window: Go's poller has to learn not to ask for them
+		t.Fatal(err)
+	}
 	w := &window{t: t, dir: dir, views: views}
 	w.stop = sync.OnceFunc(func() {
 		cancel()
