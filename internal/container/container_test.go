@@ -18,6 +18,8 @@ import (
 	fusefs "github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/need"
 )
 
 // serveEnv makes the test program a FUSE server: its value is the folder to mount on.
@@ -85,23 +87,6 @@ func (s *server) kill() {
 	s.cmd.Wait()
 }
 
-// needRoot skips a test that makes mounts, unless it may.
-func needRoot(t *testing.T) {
-	t.Helper()
-	err := os.ErrPermission
-	if os.Geteuid() == 0 {
-		var f *os.File
-		if f, err = os.OpenFile("/dev/fuse", os.O_RDWR, 0); err == nil {
-			f.Close()
-			return
-		}
-	}
-	if os.Getenv("IMANS_REQUIRE_VM") != "" {
-		t.Fatalf("mounting needs root and /dev/fuse: %v", err)
-	}
-	t.Skipf("mounting needs root and /dev/fuse: %v", err)
-}
-
 // child is a process in a mount namespace of its own.
 type child struct {
 	t *testing.T
@@ -164,7 +149,7 @@ const window = SecurityFS + "/ima"
 // serverDir returns a folder for a server.
 func serverDir(t *testing.T) string {
 	t.Helper()
-	needRoot(t)
+	need.Mounts(t)
 	return t.TempDir()
 }
 

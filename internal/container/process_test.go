@@ -7,10 +7,12 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"imans.dev/imans-agent/internal/need"
 )
 
 func TestProcesses(t *testing.T) {
-	needRoot(t)
+	need.Mounts(t)
 	outer := startChild(t, "--mount", "")
 	inner := startChild(t, "--mount", "sleep 1000 >/dev/null & ")
 	all, err := Processes()

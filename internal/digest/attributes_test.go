@@ -12,13 +12,14 @@ import (
 
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/need"
 )
 
 // setXattr sets an extended attribute, or skips the test where it may not.
 func setXattr(t *testing.T, path, name string, value []byte) {
 	t.Helper()
 	if err := unix.Setxattr(path, name, value, 0); errors.Is(err, unix.EPERM) || errors.Is(err, unix.EOPNOTSUPP) {
-		t.Skipf("%s can't be set here: %v", name, err)
+		need.Skip(t, "%s can't be set here: %v", name, err)
 	} else if err != nil {
 		t.Fatal(err)
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"os/exec"
 	"runtime"
 	"strings"
 	"testing"
@@ -16,6 +15,7 @@ import (
 
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/need"
 )
 
 // TestListFormats: each list file is its bank's, in its format, with violations and a name that would break a line.
@@ -67,10 +67,7 @@ func TestListTools(t *testing.T) {
 		cp ascii_runtime_measurements /proc/self/fd/1 | wc -l; tail -n2 ascii_runtime_measurements | wc -l; [ -r policy ] && [ -w policy ] && echo may
 		cmp ascii_runtime_measurements ascii_runtime_measurements_sha1 && ! cmp -s ascii_runtime_measurements ascii_runtime_measurements_sha256 && echo banks`,
 		"500\n501\n10\n/usr/bin/program-499\n501\n2\nmay\nbanks\n")
-	evmctl, err := exec.LookPath("evmctl")
-	if err != nil {
-		t.Skip("no evmctl")
-	}
+	evmctl := need.Program(t, "evmctl")
 	// Not all digests of a list can be compared, for want of a TPM: it is the parse that counts.
 	out, err := w.shell(evmctl + ` ima_measurement --ignore-violations --pcrs sha256,/dev/null $W/ima/binary_runtime_measurements; true`)
 	if err != nil || strings.Contains(out, "nable to") {

@@ -24,6 +24,7 @@ import (
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/measure"
+	"imans.dev/imans-agent/internal/need"
 	"imans.dev/imans-agent/internal/policy"
 )
 
@@ -268,12 +269,7 @@ func (w *window) path(name string) string { return filepath.Join(w.dir, "ima", n
 // open mounts a window, without a namespace that is active.
 func open(t testing.TB) *window {
 	t.Helper()
-	if _, err := os.Stat("/dev/fuse"); err != nil {
-		t.Skip("no /dev/fuse")
-	}
-	if os.Geteuid() != 0 {
-		t.Skip("not root")
-	}
+	need.Mounts(t)
 	views := &fakeViews{t: t, dir: t.TempDir(), store: measure.NewStore(), spaces: make(map[uint32]*fakeView)}
 	dir := filepath.Join(t.TempDir(), "window")
 	if err := os.Chmod(filepath.Dir(views.dir), 0o755); err != nil { // for other users

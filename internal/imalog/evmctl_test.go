@@ -10,13 +10,14 @@ import (
 	"testing"
 
 	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/need"
 )
 
 // evmctl runs `evmctl ima_measurement` over a list and PCR files of both banks that it knows, and returns what it
 // printed.
 func evmctl(t *testing.T, list []byte, replay *Replay, args ...string) (string, error) {
 	t.Helper()
-	program := need(t, "evmctl")
+	program := need.Program(t, "evmctl")
 	dir := t.TempDir()
 	file := filepath.Join(dir, "list")
 	if err := os.WriteFile(file, list, 0o600); err != nil {

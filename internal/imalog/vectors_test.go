@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/need"
 )
 
 // vector is one list of testdata/vectors, written by testdata/recipe.py.
@@ -210,7 +211,7 @@ func (v *vector) comparePCRs(t *testing.T, replay *Replay) {
 
 // TestVectorsAreTheRecipes runs the recipe again and compares.
 func TestVectorsAreTheRecipes(t *testing.T) {
-	python := need(t, "python3")
+	python := need.Program(t, "python3")
 	dir := t.TempDir()
 	if out, err := exec.Command(python, "testdata/recipe.py", dir).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -228,19 +229,4 @@ func TestVectorsAreTheRecipes(t *testing.T) {
 			}
 		}
 	}
-}
-
-// need returns where a program is, and skips the test without it, which IMANS_REQUIRE_VM=1 forbids.
-func need(t testing.TB, program string) string {
-	t.Helper()
-	path, err := exec.LookPath(program)
-	switch {
-	case err == nil:
-		return path
-	case os.Getenv("IMANS_REQUIRE_VM") == "1":
-		t.Fatalf("%s is missing: %v", program, err)
-	default:
-		t.Skipf("%s is missing: %v", program, err)
-	}
-	return ""
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -15,6 +14,7 @@ import (
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/measure"
+	"imans.dev/imans-agent/internal/need"
 	"imans.dev/imans-agent/internal/policy"
 	"imans.dev/imans-agent/internal/vtpm"
 )
@@ -29,13 +29,6 @@ func newState(t *testing.T, dir, program string) *State {
 	}
 	tree.states[s.ns.ID] = s
 	return s
-}
-
-func needSwtpm(t *testing.T) {
-	t.Helper()
-	if _, err := exec.LookPath("swtpm"); err != nil {
-		t.Skip("no swtpm")
-	}
 }
 
 // script makes a program that stands in swtpm's place.
@@ -56,7 +49,7 @@ func soon(t *testing.T) context.Context {
 
 // A list is there before its vTPM; the vTPM gets all of it, and a restart finds both.
 func TestListBeforeItsVTPM(t *testing.T) {
-	needSwtpm(t)
+	need.Program(t, "swtpm")
 	dir := t.TempDir()
 	s := newState(t, dir, "swtpm")
 	ctx := soon(t)
@@ -89,7 +82,7 @@ func TestListBeforeItsVTPM(t *testing.T) {
 
 // An end in the middle of the start waits for nobody, and the next agent starts the vTPM.
 func TestEndWhileVTPMStarts(t *testing.T) {
-	needSwtpm(t)
+	need.Program(t, "swtpm")
 	dir := t.TempDir()
 	s := newState(t, dir, script(t, "exec sleep 60"))
 	ctx := soon(t)

@@ -12,22 +12,8 @@ import (
 
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/need"
 )
-
-// need returns where a program is, and skips the test without it, which IMANS_REQUIRE_VM=1 forbids.
-func need(t testing.TB, program string) string {
-	t.Helper()
-	path, err := exec.LookPath(program)
-	switch {
-	case err == nil:
-		return path
-	case os.Getenv("IMANS_REQUIRE_VM") == "1":
-		t.Fatalf("%s is missing: %v", program, err)
-	default:
-		t.Skipf("%s is missing: %v", program, err)
-	}
-	return ""
-}
 
 // evmctl returns the command that holds a list against the values of PCR 10. The file of values must begin with PCR-00.
 func evmctl(t testing.TB, list []byte, value ima.Digest, args ...string) []string {
@@ -48,7 +34,7 @@ func evmctl(t testing.TB, list []byte, value ima.Digest, args ...string) []strin
 	if err := os.WriteFile(values, text, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	command := append([]string{need(t, "evmctl"), "ima_measurement"}, args...)
+	command := append([]string{need.Program(t, "evmctl"), "ima_measurement"}, args...)
 	return append(command, "--pcrs", value.Algo().String()+","+values, file)
 }
 

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"imans.dev/imans-agent/internal/need"
 )
 
 // image prepares a kernel, or skips the test where no machine is to be had; IMANS_REQUIRE_VM=1 makes that a failure.
@@ -18,10 +20,7 @@ func image(t *testing.T) *Image {
 		t.Skip("boots a machine")
 	}
 	if err := Missing(); err != nil {
-		if os.Getenv("IMANS_REQUIRE_VM") != "" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
+		need.Skip(t, "%v", err)
 	}
 	cache, err := OpenCache("", t.Logf)
 	if err != nil {

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"imans.dev/imans-agent/internal/need"
 )
 
 func TestCompareNumbers(t *testing.T) {
@@ -58,12 +60,7 @@ kernel/drivers/tpm/tpm-vtpm-proxy.ko.xz:
 
 // TestCPIO has another program read the archive.
 func TestCPIO(t *testing.T) {
-	busybox, err := exec.LookPath("busybox")
-	if err != nil && os.Getenv("IMANS_REQUIRE_VM") != "" {
-		t.Fatal(err)
-	} else if err != nil {
-		t.Skip("no busybox to read the archive with")
-	}
+	busybox := need.Program(t, "busybox")
 	var archive bytes.Buffer
 	w := newCPIO(&archive)
 	w.Dir("folder")
