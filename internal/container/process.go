@@ -11,7 +11,6 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -190,32 +189,17 @@ type aged struct {
 
 // lookAt returns what Processes wants to know of a process; nil if it is gone.
 func lookAt(pid int) *aged {
-	link, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid))
+	inum, err := proc.Namespace(pid, "mnt")
 	if err != nil {
 		return nil
 	}
-	inum, err := strconv.ParseUint(strings.Trim(link, "mnt:[]"), 10, 32)
+	fields, err := proc.Stat(pid)
 	if err != nil {
 		return nil
 	}
-	start, err := startTime(pid)
+	start, err := strconv.ParseUint(fields[proc.StatStart], 10, 64)
 	if err != nil {
 		return nil
 	}
-	return &aged{Target{PID: pid, Inum: uint32(inum)}, start}
-}
-
-// startTime returns when a process began: field 22 of /proc/PID/stat, the 20th behind the name,
-// which is in parentheses and may have any character.
-func startTime(pid int) (uint64, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	text := string(b)
-	fields := strings.Fields(text[strings.LastIndexByte(text, ')')+1:])
-	if len(fields) < 20 {
-		return 0, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields)+2)
-	}
-	return strconv.ParseUint(fields[19], 10, 64)
+	return &aged{Target{PID: pid, Inum: inum}, start}
 }

@@ -3,7 +3,6 @@ package control
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
 	"os"
@@ -17,7 +16,7 @@ import (
 // caller is who has connected. It is found out when it connects: what the process becomes later counts for its next connection.
 type caller struct {
 	uid  uint32 // as the host has it
-	mnt  uint64 // inode number of its mount namespace
+	mnt  uint32 // inode number of its mount namespace
 	host bool   // it is in process 1's or the agent's mount namespace, and in the initial user namespace
 }
 
@@ -56,31 +55,39 @@ func peerContext(ctx context.Context, c net.Conn) context.Context {
 const soPeerPIDFD = 77 // SO_PEERPIDFD; source: include/uapi/asm-generic/socket.h
 
 func lookAt(pid int) caller {
-	at := func(of, kind string) uint64 {
-		var st unix.Stat_t
-		if unix.Stat(fmt.Sprintf("/proc/%s/ns/%s", of, kind), &st) != nil {
-			return 0
-		}
-		return st.Ino
+	at := func(of int, kind string) uint32 {
+		n, _ := proc.Namespace(of, kind) // 0, which is none's
+		return n
 	}
-	p := fmt.Sprint(pid)
-	mnt := at(p, "mnt")
-	return caller{mnt: mnt, host: at(p, "user") == initialUserNS && (mnt == at("1", "mnt") || mnt == at(fmt.Sprint(os.Getpid()), "mnt"))}
+	mnt := at(pid, "mnt")
+	return caller{mnt: mnt, host: at(pid, "user") == initialUserNS && (mnt == at(1, "mnt") || mnt == at(os.Getpid(), "mnt"))}
 }
 
 const initialUserNS = 0xeffffffd // source: include/linux/proc_ns.h, PROC_USER_INIT_INO
 
+// asking returns who asks; the zero caller, who may see nothing, if that was not to be found out.
+func asking(r *http.Request) caller {
+	who, _ := r.Context().Value(callerKey{}).(caller)
+	return who
+}
+
+func isHost(r *http.Request) bool { return asking(r).host }
+
+// sees reports whether the caller may know of a namespace.
+func sees(r *http.Request, i namespace.Info) bool {
+	who := asking(r)
+	return who.host || i.NS.Inum == who.mnt
+}
+
 // mayAsk answers 403 itself. Root of the host may ask for everything; root of a namespace's user namespace for that namespace.
 func (s *Server) mayAsk(w http.ResponseWriter, r *http.Request) bool {
-	who, ok := r.Context().Value(callerKey{}).(caller)
-	switch {
-	case ok && who.host && who.uid == 0:
+	who := asking(r)
+	if who.host && who.uid == 0 {
 		return true
-	case ok && !who.host:
-		for _, i := range s.tree.List() {
-			if uint64(i.NS.Inum) == who.mnt && i.IDs.UIDs.ToHost(0) == who.uid {
-				return true
-			}
+	}
+	for _, i := range s.tree.List() {
+		if !who.host && sees(r, i) && i.IDs.UIDs.ToHost(0) == who.uid {
+			return true
 		}
 	}
 	s.fail(w, http.StatusForbidden, errors.New("only root may ask: of the host, or in a container for the container's own namespace"))
@@ -96,15 +103,4 @@ func (s *Server) onlyHost(next http.HandlerFunc) http.HandlerFunc {
 		}
 		next(w, r)
 	}
-}
-
-func isHost(r *http.Request) bool {
-	who, ok := r.Context().Value(callerKey{}).(caller)
-	return ok && who.host
-}
-
-// sees reports whether the caller may know of a namespace.
-func sees(r *http.Request, i namespace.Info) bool {
-	who, ok := r.Context().Value(callerKey{}).(caller)
-	return ok && (who.host || uint64(i.NS.Inum) == who.mnt)
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/proc"
 )
 
 // Root is a kept way into a mount namespace: a descriptor of its root folder. It pins the namespace's mounts, so it must be
@@ -36,29 +38,12 @@ func (r *Root) Close() error { return unix.Close(r.fd) }
 
 // Alive reports whether the process is still the one the event saw, not another with its number.
 func Alive(p event.Process) bool {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.TGID))
+	fields, err := proc.Stat(int(p.TGID))
 	if err != nil {
 		return false
 	}
-	// Field 22, counted from the end of the name in parentheses, which may hold anything (proc(5)); in ticks of 10 ms.
-	_, rest, ok := cutLast(string(stat), ')')
-	fields := strings.Fields(rest)
-	if !ok || len(fields) < 20 {
-		return false
-	}
-	var ticks int64
-	if _, err := fmt.Sscan(fields[19], &ticks); err != nil {
-		return false
-	}
-	return ticks == int64(p.Start/(10*time.Millisecond))
-}
-
-func cutLast(s string, sep byte) (before, after string, found bool) {
-	i := strings.LastIndexByte(s, sep)
-	if i < 0 {
-		return s, "", false
-	}
-	return s[:i], s[i+1:], true
+	ticks, err := strconv.ParseUint(fields[proc.StatStart], 10, 64)
+	return err == nil && ticks == uint64(p.Start/(10*time.Millisecond))
 }
 
 // Open opens the file that the event saw, or fails with ErrUnreachable. It tries, in this order: the path below the kept root of

@@ -1,7 +1,9 @@
 package imafs
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strconv"
@@ -12,6 +14,7 @@ import (
 
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/proc"
 )
 
 // Capabilities. Source: include/uapi/linux/capability.h.
@@ -40,16 +43,11 @@ type task struct {
 func callerNS(tid uint32) (uint32, error) { return namespaceOf(tid, "mnt") }
 
 func namespaceOf(tid uint32, kind string) (uint32, error) {
-	link, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", tid, kind))
-	if tid == 0 || err != nil {
+	n, err := proc.Namespace(int(tid), kind)
+	if tid == 0 || errors.As(err, new(*fs.PathError)) {
 		return 0, unix.EACCES
 	}
-	_, number, _ := strings.Cut(strings.TrimSuffix(link, "]"), "[")
-	n, err := strconv.ParseUint(number, 10, 32)
-	if err != nil {
-		return 0, fmt.Errorf("read the %s namespace of task %d: %w", kind, tid, err)
-	}
-	return uint32(n), nil
+	return n, err
 }
 
 // callerMountNS returns the caller's mount namespace, with its unique id where the kernel tells.

@@ -1,7 +1,6 @@
 package namespace
 
 import (
-	"bytes"
 	"fmt"
 	"os"
 	"slices"
@@ -10,6 +9,7 @@ import (
 
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/proc"
 )
 
 // request is a process's wish that the next mount namespace cloned by its process tree be an IMA namespace of its own.
@@ -96,17 +96,13 @@ func chainOf(tgid uint32) []uint32 {
 
 func alive(tgid uint32) bool { return tgid != 0 && syscall.Kill(int(tgid), 0) != syscall.ESRCH }
 
-// parentOf returns a process's parent, 0 if it is gone. Source: proc_pid_stat(5), the field after the state.
+// parentOf returns a process's parent, 0 if it is gone.
 func parentOf(pid uint32) uint32 {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	fields, err := proc.Stat(int(pid))
 	if err != nil {
 		return 0
 	}
-	fields := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
-	if len(fields) < 2 {
-		return 0
-	}
-	n, _ := strconv.ParseUint(string(fields[1]), 10, 32)
+	n, _ := strconv.ParseUint(fields[proc.StatParent], 10, 32)
 	return uint32(n)
 }
 

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/proc"
 	"imans.dev/imans-agent/internal/tpmext"
 )
 
@@ -248,19 +249,14 @@ func removeSockets(c Config) {
 }
 
 func startTime(pid int) (string, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	fields, err := proc.Stat(pid)
 	if err != nil {
 		return "", err
 	}
-	// The name in parentheses may hold anything (proc(5)); the fields behind it begin with the third.
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-	if len(fields) < 20 {
-		return "", fmt.Errorf("read /proc/%d/stat: %d fields", pid, len(fields))
-	}
-	if fields[0] == "Z" || fields[0] == "X" {
+	if state := fields[proc.StatState]; state == "Z" || state == "X" {
 		return "", os.ErrProcessDone
 	}
-	return fields[19], nil
+	return fields[proc.StatStart], nil
 }
 
 func lastLine(path string) string {
