@@ -63,7 +63,8 @@ func (t *Tree) archive(ctx context.Context, s *State) error {
 	if err := s.list.Settle(ctx); err != nil && !s.ended {
 		return fmt.Errorf("wait for its TPM: %w", err)
 	}
-	name := fmt.Sprintf("%s-%d-%d", s.born.UTC().Format("20060102T150405Z"), s.ns.Inum, s.ns.ID)
+	s.endStart() // over since the list is settled: s.tpm is what came of it
+	name := fmt.Sprintf("%s-%d-%d", filepath.Base(t.config.Dir), s.ns.Inum, s.ns.ID)
 	partial := filepath.Join(t.config.Archive, ".partial-"+name)
 	if err := os.RemoveAll(partial); err != nil {
 		return err
