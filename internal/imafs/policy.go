@@ -49,9 +49,7 @@ func (w *policyWriter) begin() error {
 	if !other.closed && !gone {
 		return unix.EBUSY
 	}
-	if err := other.finish(); err != nil {
-		other.log.Warn("a policy was refused after its writer was gone", zap.Error(err))
-	}
+	other.finish()
 	if w.open.setWriter(w) != nil {
 		return unix.EBUSY
 	}
@@ -137,12 +135,10 @@ func (w *policyWriter) flush(by uint32) error {
 func (w *policyWriter) release() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if err := w.finish(); err != nil {
-		w.log.Warn("a policy was refused after its writer was gone", zap.Error(err))
-	}
+	w.finish()
 }
 
-// finish puts the rules into effect, or drops them, and lets others write. w.mu is held.
+// finish puts the rules into effect, or drops them and says so, and lets others write. w.mu is held.
 func (w *policyWriter) finish() error {
 	if w.closed {
 		return nil

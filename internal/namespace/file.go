@@ -298,9 +298,19 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 // root returns the way into the event's namespace that is kept from the first time it was needed. Where no process is left in
 // the namespace it is that of the nearest ancestor: most of its mounts are the same, and whatever is opened proves what it is.
 func (l *look) root(s *State) *digest.Root {
+	if s.root == nil && s.ns == l.ev.NS {
+		s.root, _ = digest.OpenRoot(l.ev.Process)
+	}
+	if s.root != nil {
+		return s.root
+	}
+	tasks, err := l.tree.config.Kernel.Tasks()
+	if err != nil {
+		l.tree.log.Warn("look for a process", zap.Stringer("ns", s.ns), zap.Error(err))
+	}
 	for n := s; n != nil; n = n.parent {
 		if n.root == nil {
-			n.root = l.openRoot(n)
+			n.root = openRoot(tasks, n.ns)
 		}
 		if n.root != nil {
 			return n.root
@@ -309,20 +319,10 @@ func (l *look) root(s *State) *digest.Root {
 	return nil
 }
 
-// openRoot finds a process in a namespace, the event's own first, and opens the root folder that it sees; nil if there is none.
-func (l *look) openRoot(n *State) *digest.Root {
-	if n.ns == l.ev.NS {
-		if root, err := digest.OpenRoot(l.ev.Process); err == nil {
-			return root
-		}
-	}
-	tasks, err := l.tree.config.Kernel.Tasks()
-	if err != nil {
-		l.tree.log.Warn("look for a process", zap.Stringer("ns", n.ns), zap.Error(err))
-		return nil
-	}
+// openRoot opens the root folder that one of the tasks sees that are in a namespace; nil if there is none.
+func openRoot(tasks []event.Task, ns event.MountNS) *digest.Root {
 	for _, task := range tasks {
-		if task.NS != n.ns {
+		if task.NS != ns {
 			continue
 		}
 		if root, err := digest.OpenRoot(task.Process); err == nil {

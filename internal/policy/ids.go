@@ -12,7 +12,7 @@ import (
 // id that it does not have equals none and is greater than each that it has. The first rule that names such an id is returned
 // too, else nil. Source: ima_policy.c, ima_parse_rule (make_kuid); for the comparisons, docs/adr/0006.
 func (p *Policy) WrittenIn(maps ima.IDMaps) (*Policy, *Rule) {
-	if slices.Equal(maps.UIDs, ima.InitialIDs()) && slices.Equal(maps.GIDs, ima.InitialIDs()) {
+	if equalMaps(maps, ima.InitialMaps()) {
 		return p, nil
 	}
 	var unmapped *Rule

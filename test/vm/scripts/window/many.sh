@@ -18,5 +18,6 @@ equal "changed" "$(count "$p")" 2
 equal "its hash and template alone" "$(cut -d ' ' -f 3 "$LIST" | sort -u) $(awk '{ print $4 }' "$LIST" | sed 's/:.*//' | sort -u)" "$TEMPLATE $HASH"
 equal "its policy" "$(rules)" "measure func=BPRM_CHECK fowner=$NUMBER"
 equal "nobody else's" "$(tail -n +2 "$LIST" | grep -cv " $WORK/")" 0
-finish_later() { echo "1..$checks" && : >"$WORK/done"; until [ -e "$END" ]; do sleep 0.2; done; exit "$failed"; }
-finish_later
+: >"$WORK/done"
+until [ -e "$END" ]; do sleep 0.2; done
+finish
