@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	os.Exit(need.RunWithOwnMounts(m))
 }
 
 // serve serves a file system with ima/pid, whose text is the server's process id, until the process is killed.

@@ -13,5 +13,5 @@
 // renamed when complete, under a lock of its own, so that any number of runs may share one cache and a killed build
 // leaves nothing that looks whole.
 //
-// KVM is used when /dev/kvm can be opened, else QEMU's own translator (TCG). Only amd64 hosts are supported.
+// KVM is used where QEMU can start a processor with it, else QEMU's own translator (TCG). Only amd64 hosts are supported.
 package vm

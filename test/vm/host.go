@@ -1,11 +1,13 @@
 package vm
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -49,15 +51,25 @@ func Missing() error {
 		strings.Join(programs, ", "), strings.Join(packages, " "))
 }
 
-// haveKVM reports whether this process may use KVM.
-func haveKVM() bool {
+// haveKVM reports whether QEMU can start a processor with KVM here. That /dev/kvm can be opened is not enough: a machine that is
+// virtual itself may refuse what QEMU sets up.
+var haveKVM = sync.OnceValue(func() bool {
 	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if err != nil {
 		return false
 	}
 	f.Close()
-	return true
-}
+	ctx, cancel := context.WithTimeout(context.Background(), probeLimit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-S", "-m", "64", "-nodefaults", "-display", "none",
+		"-chardev", "stdio,id=c", "-mon", "chardev=c,mode=control")
+	tieToUs(cmd)
+	cmd.Stdin = strings.NewReader(`{"execute":"qmp_capabilities"}{"execute":"quit"}`)
+	return cmd.Run() == nil
+})
+
+// probeLimit is how long QEMU may take to say whether KVM works.
+const probeLimit = 10 * time.Second
 
 // waitDelay is how long a killed command's descendants may hold its output open.
 const waitDelay = 5 * time.Second
