@@ -33,12 +33,13 @@ func TestWindowEnd(t *testing.T) {
 		t.Run(c.tpm, func(t *testing.T) {
 			a := newAgent(t, "--ns-tpm", c.tpm, "--namespaces", "all")
 			a.start()
-			a.cycle(c.cycles / 5)
+			extended := c.tpm != "none"
+			a.cycle(c.cycles/5, extended)
 			a.leavings() // what it runs itself is measured, too
 			a.namespaces()
 			before, memory := a.leavings(), a.memory()
 			began := time.Now()
-			a.cycle(c.cycles)
+			a.cycle(c.cycles, extended)
 			t.Logf("%d cycles in %v; held: %v; memory %d KiB, before %d KiB", c.cycles, time.Since(began).Round(time.Second), before, a.memory(), memory)
 			const asking = 8 // descriptors, for the connections of this test's own questions
 			before["file descriptors"] += asking
@@ -61,8 +62,9 @@ func TestWindowEnd(t *testing.T) {
 	}
 }
 
-// cycle makes mount namespaces one after another, runs a program in each, and waits until the agent has let go of the last.
-func (a *agent) cycle(n int) {
+// cycle makes mount namespaces one after another, runs a program in each, waits if asked to until its entries are in the namespace's
+// TPM, and at last until the agent has let go of all.
+func (a *agent) cycle(n int, extended bool) {
 	a.t.Helper()
 	count := len(a.namespaces())
 	failed := make(chan error, 1)
@@ -78,6 +80,9 @@ func (a *agent) cycle(n int) {
 			if err = unix.Unshare(unix.CLONE_NEWNS); err == nil {
 				err = exec.Command("/bin/true").Run()
 			}
+			if err == nil && extended {
+				err = a.awaitExtends("/proc/thread-self/ns/mnt")
+			}
 			if err != nil {
 				break
 			}
@@ -90,6 +95,23 @@ func (a *agent) cycle(n int) {
 	for deadline := time.Now().Add(3 * time.Minute); len(a.namespaces()) > count; time.Sleep(100 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			a.t.Fatalf("%d namespaces, %d before", len(a.namespaces()), count)
+		}
+	}
+}
+
+// awaitExtends waits until all entries of the namespace that a link is of are in its TPM.
+func (a *agent) awaitExtends(link string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(link, &st); err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		n, err := a.client().Namespace(a.t.Context(), fmt.Sprint(st.Ino))
+		if err == nil && n.Entries > 0 && n.Extended == n.Entries {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return errors.Join(err, fmt.Errorf("%d of %d entries extended", n.Extended, n.Entries))
 		}
 	}
 }
