@@ -29,6 +29,9 @@ func NewClient(path string) *Client {
 	return &Client{path, &http.Client{Transport: &http.Transport{DialContext: dial}}}
 }
 
+// Close closes the connections that no request uses. A client that is used again connects again.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
 // get asks for a path; the caller closes the body.
 func (c *Client) get(ctx context.Context, path string) (io.ReadCloser, error) {
 	return c.request(ctx, http.MethodGet, path, nil)

@@ -231,7 +231,9 @@ func (img *Image) arguments(m Machine, console, tpmSocket string) []string {
 	case haveKVM():
 		args = []string{"-accel", "kvm", "-cpu", "host"}
 	default:
-		args = []string{"-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"}
+		// One thread for all CPUs: with one each, a CPU may run a breakpoint of the kernel's code patching after the other has taken it
+		// away, and the kernel panics (int3 in a function that a BPF program is being attached to).
+		args = []string{"-accel", "tcg,thread=single,tb-size=512", "-cpu", "max"}
 	}
 	args = append(args,
 		"-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory), "-no-reboot",

@@ -105,8 +105,10 @@ func (a *agent) awaitExtends(link string) error {
 	if err := unix.Stat(link, &st); err != nil {
 		return err
 	}
+	client := a.client()
+	defer client.Close()
 	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
-		n, err := a.client().Namespace(a.t.Context(), fmt.Sprint(st.Ino))
+		n, err := client.Namespace(a.t.Context(), fmt.Sprint(st.Ino))
 		if err == nil && n.Entries > 0 && n.Extended == n.Entries {
 			return nil
 		}

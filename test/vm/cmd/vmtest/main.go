@@ -1,6 +1,6 @@
 // Command vmtest runs the tests of the vm build tag on the kernels of the matrix.
 //
-//	vmtest [-run REGEXP] [-kernel 6.1,6.12] [-timeout 20m] [-parallel 2] [-short | -soak]
+//	vmtest [-run REGEXP] [-kernel 6.1,6.12] [-timeout 20m] [-parallel 3] [-short | -soak]
 //	[-cover FILE] [-programs=false] [-append OPTIONS]
 //
 // It ends with a table and a line "N passed, N failed, N skipped". A kernel that Debian's archive does not have (any more)
@@ -87,7 +87,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	flags.StringVar(&o.run, "run", "", "run only the tests that match, as go test -run")
 	kernels := flags.String("kernel", "", "kernels of the matrix, separated by commas (default all)")
 	flags.DurationVar(&o.limit, "timeout", 20*time.Minute, "longest time for one machine")
-	flags.IntVar(&o.parallel, "parallel", 2, "machines at a time")
+	flags.IntVar(&o.parallel, "parallel", 3, "machines at a time; without KVM each keeps one processor busy")
 	flags.BoolVar(&o.short, "short", false, "set IMANS_SHORT=1 for the tests")
 	flags.BoolVar(&o.soak, "soak", false, "set IMANS_SOAK=1 for the tests")
 	flags.StringVar(&o.cover, "cover", "", "measure coverage and write the profile to this file")
