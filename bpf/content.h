@@ -64,20 +64,30 @@ static __always_inline __u64 imans_read_ctime(struct inode *inode, bool typed)
 	return (__u64)sec << 30 | nsec;
 }
 
+/*
+ * What moves when the content does, but for the change time: the change counter where the file system keeps one, else the size. Bit 0
+ * of the counter says that someone queried it; it is no part of the version (include/linux/iversion.h).
+ */
+static __always_inline __u64 imans_read_change(struct inode *inode, bool typed, bool *versioned)
+{
+	struct super_block *sb = IMANS_READ(typed, inode, i_sb);
+
+	*versioned = IMANS_READ(typed, sb, s_flags) & SB_I_VERSION;
+	if (*versioned)
+		return (__u64)IMANS_READ(typed, inode, i_version.counter) >> 1;
+	return IMANS_READ(typed, inode, i_size);
+}
+
 /* Returns the flags that go with the version. */
 static __always_inline __u32 imans_read_real_version(struct inode *inode, bool typed, struct imans_version *version)
 {
 	struct super_block *sb = IMANS_READ(typed, inode, i_sb);
-	__u32 flags = 0;
+	__u32 flags;
+	bool versioned;
 
 	version->ino = IMANS_READ(typed, inode, i_ino);
-	if (IMANS_READ(typed, sb, s_flags) & SB_I_VERSION) {
-		/* Bit 0 says that someone queried the counter; it is no part of the version (include/linux/iversion.h). */
-		version->change = (__u64)IMANS_READ(typed, inode, i_version.counter) >> 1;
-		flags |= IMANS_VERSIONED;
-	} else {
-		version->change = IMANS_READ(typed, inode, i_size);
-	}
+	version->change = imans_read_change(inode, typed, &versioned);
+	flags = versioned ? IMANS_VERSIONED : 0;
 	version->ctime = imans_read_ctime(inode, typed);
 	version->dev = IMANS_READ(typed, sb, s_dev);
 	version->generation = IMANS_READ(typed, inode, i_generation);

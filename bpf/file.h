@@ -41,28 +41,31 @@ static __always_inline bool imans_needs_event(struct file *file, __u32 func, __u
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct inode *inode = file->f_inode;
 	struct mnt_namespace *ns = task->nsproxy->mnt_ns;
+	__u32 inum = ns->ns.inum;
+	__u64 mntns;
 	struct imans_namespace_policy *policy;
 
 	if ((inode->i_mode & S_IFMT) != S_IFREG)
 		return false;
-	look->inum = ns->ns.inum;
-	if (!look->inum) {
+	if (!inum) {
 		imans_lose(0, 0, IMANS_LOSS_NO_MOUNT_NAMESPACE);
 		return false;
 	}
-	look->mntns = imans_mntns_id(ns);
-	look->policy = 0;
-	look->policy_flags = 0;
+	mntns = imans_mntns_id(ns);
+	policy = imans_mntns_policy(inum);
+	if (policy && policy->mntns != mntns)
+		policy = NULL; /* the agent has not looked at this namespace yet */
+	if (policy && (imans_is_measured_in_slot(inode, func, flags, policy) || imans_is_measured(task, inode, func, flags, policy)))
+		return false;
+	look->mntns = mntns;
+	look->inum = inum;
 	look->func = func;
 	look->flags = flags;
-	policy = imans_mntns_policy(look->inum);
-	if (!policy || policy->mntns != look->mntns)
-		return true; /* the agent has not looked at this namespace yet */
-	look->policy = policy->generation;
-	look->policy_flags = policy->flags;
-	if (policy->flags & IMANS_IGNORE_IDS)
+	look->policy = policy ? policy->generation : 0;
+	look->policy_flags = policy ? policy->flags : 0;
+	if (look->policy_flags & IMANS_IGNORE_IDS)
 		look->flags |= IMANS_IDS_IGNORED;
-	return !imans_is_measured(task, inode, func, flags, policy);
+	return true;
 }
 
 static __always_inline void imans_find(struct file *file, const struct imans_look *look, struct imans_found *found)

@@ -48,21 +48,29 @@ struct {
 	__type(value, struct imans_measured_slot);
 } measured_slots SEC(".maps");
 
-/* Only what the agent finished before the look and began to replace after it counts. */
-static __always_inline bool imans_is_in_slot(const struct imans_measured_content *want)
+/*
+ * Whether the slot of an inode, which a policy's chain sees on a device as its own, has the inode's content of now. Only what the agent
+ * finished before the look and began to replace after it counts. This is what a repeated exec costs, so each field is read as it is
+ * compared, and no key is built.
+ */
+static __always_inline bool imans_is_in_slot(struct inode *real, bool typed, __u32 dev, __u32 seen_dev, __u64 policy, __u32 func)
 {
-	__u32 index = (want->version.ino + (want->policy << 24) + want->func) * IMANS_SLOT_FACTOR >> (64 - IMANS_SLOT_BITS);
+	__u64 ino = IMANS_READ(typed, real, i_ino);
+	__u32 index = (ino + (policy << 24) + func) * IMANS_SLOT_FACTOR >> (64 - IMANS_SLOT_BITS);
 	volatile struct imans_measured_slot *slot = bpf_map_lookup_elem(&measured_slots, &index);
+	bool versioned;
 	__u64 sequence;
 
 	if (!slot)
 		return false;
 	sequence = slot->sequence;
 	imans_read_barrier();
-	if ((sequence & 1) || slot->content.version.ino != want->version.ino || slot->content.policy != want->policy ||
-	    slot->content.version.change != want->version.change || slot->content.version.ctime != want->version.ctime ||
-	    slot->content.version.dev != want->version.dev || slot->content.version.generation != want->version.generation ||
-	    slot->content.seen_dev != want->seen_dev || slot->content.func != want->func)
+	if ((sequence & 1) || slot->content.version.ino != ino || slot->content.policy != policy || slot->content.func != func ||
+	    slot->content.version.dev != dev || slot->content.seen_dev != seen_dev ||
+	    slot->content.version.change != imans_read_change(real, typed, &versioned) ||
+	    slot->content.version.ctime != imans_read_ctime(real, typed) ||
+	    slot->content.version.generation != IMANS_READ(typed, real, i_generation) ||
+	    IMANS_READ(typed, real, i_writecount.counter) > 0)
 		return false;
 	imans_read_barrier();
 	return slot->sequence == sequence;
@@ -78,6 +86,37 @@ static __always_inline bool imans_has_cap(const struct cred *cred, int cap)
 static __always_inline __u32 imans_cap_flags(const struct cred *cred)
 {
 	return (imans_has_cap(cred, CAP_SETUID) ? IMANS_SETUID_CAP : 0) | (imans_has_cap(cred, CAP_SETGID) ? IMANS_SETGID_CAP : 0);
+}
+
+/* What stands for the function and the flags that a rule can see, in a key of contents whose chain names no id. */
+static __always_inline __u32 imans_func_without_ids(__u32 func, __u32 flags)
+{
+	return func | ((flags & IMANS_REQPROT) | IMANS_IDS_IGNORED) << 8;
+}
+
+/* The same look as imans_is_measured, where it is cheapest: most contents that were measured are found here. */
+static __always_inline bool imans_is_measured_in_slot(struct inode *inode, __u32 func, __u32 flags,
+						      const struct imans_namespace_policy *policy)
+{
+	struct super_block *sb = inode->i_sb;
+	struct inode *real;
+
+	if (!(policy->flags & IMANS_IGNORE_IDS))
+		return false;
+	func = imans_func_without_ids(func, flags);
+	if (sb->s_magic != OVERLAYFS_SUPER_MAGIC) {
+		__u32 dev = sb->s_dev;
+
+		return imans_is_in_slot(inode, true, dev, dev, policy->generation, func);
+	}
+	real = imans_overlay_real(inode);
+	if (!real)
+		return false;
+	if (bpf_rdonly_cast) {
+		real = bpf_rdonly_cast(real, bpf_core_type_id_kernel(struct inode));
+		return imans_is_in_slot(real, true, real->i_sb->s_dev, sb->s_dev, policy->generation, func);
+	}
+	return imans_is_in_slot(real, false, BPF_CORE_READ(real, i_sb, s_dev), sb->s_dev, policy->generation, func);
 }
 
 /*
@@ -96,13 +135,12 @@ static __always_inline bool imans_is_measured(struct task_struct *task, struct i
 		return false;
 	key.content.policy = policy->generation;
 	key.content.seen_dev = inode->i_sb->s_dev;
-	flags &= IMANS_REQPROT;
 	if (policy->flags & IMANS_IGNORE_IDS) {
-		key.content.func = func | (flags | IMANS_IDS_IGNORED) << 8;
-		return imans_is_in_slot(&key.content) || bpf_map_lookup_elem(&measured_contents, &key.content);
+		key.content.func = imans_func_without_ids(func, flags);
+		return bpf_map_lookup_elem(&measured_contents, &key.content);
 	}
 	cred = task->cred;
-	key.content.func = func | (flags | imans_cap_flags(cred)) << 8;
+	key.content.func = func | ((flags & IMANS_REQPROT) | imans_cap_flags(cred)) << 8;
 	key.uid = cred->uid.val;
 	key.euid = cred->euid.val;
 	key.suid = cred->suid.val;
