@@ -8,10 +8,11 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/proc"
 )
 
 // takeOverTimeout is ample for a process that is just starting, and for one to die.
@@ -43,31 +44,42 @@ func takeOver(ctx context.Context, c Config) (*os.File, error) {
 	}
 }
 
-// endUnrecorded kills the process that told its number in the folder, if it was started for the folder.
+// endUnrecorded kills the process that was started for the folder.
 func endUnrecorded(c Config) {
-	b, err := os.ReadFile(filepath.Join(c.Dir, pidName))
-	if err != nil {
-		return // it has not got that far
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	if err != nil || pid <= 1 {
-		return
-	}
-	fd, err := unix.PidfdOpen(pid, 0)
+	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return
 	}
-	defer unix.Close(fd)
-	if serves(pid, c) { // the descriptor holds the process that was looked at
-		unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid <= 1 || pid == os.Getpid() {
+			continue
+		}
+		fd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			continue
+		}
+		if serves(pid, c) { // the descriptor holds the process that was looked at
+			unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+		}
+		unix.Close(fd)
 	}
 }
 
-// serves reports whether a process was started for the folder.
+// serves reports whether a process was started for the folder: it is a swtpm, and its lock is the folder's. Only root can open that
+// file, so no other process can pass for it.
 func serves(pid int, c Config) bool {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	return err == nil && bytes.Contains(b, []byte(stateOption(c)+"\x00"))
+	found, _ := proc.Ask(pid, func() bool {
+		arguments, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err != nil || !bytes.Contains(arguments, []byte("\x00"+stateOption+"\x00")) {
+			return false
+		}
+		theirs, err := os.Stat(fmt.Sprintf("/proc/%d/fd/%d", pid, lockFD))
+		if err != nil {
+			return false
+		}
+		ours, err := os.Stat(filepath.Join(c.Dir, lockName))
+		return err == nil && os.SameFile(theirs, ours)
+	})
+	return found
 }
-
-// stateOption is the argument that says where swtpm keeps its state.
-func stateOption(c Config) string { return "dir=" + c.Dir + ",mode=0600" }

@@ -115,7 +115,7 @@ func TestAdoptRefusesAnotherProcess(t *testing.T) {
 	c := config(t)
 	i := start(t, c)
 	defer i.Stop()
-	path := filepath.Join(c.Dir, processFileName)
+	path := filepath.Join(c.Dir, recordName)
 	if err := os.WriteFile(path, []byte(`{"pid":1,"start":"12345"}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -129,7 +129,7 @@ func TestUnrecordedInstanceIsEnded(t *testing.T) {
 	c := config(t)
 	orphan := start(t, c)
 	pcr(t, orphan.Address(), 1)
-	if err := os.Remove(filepath.Join(c.Dir, processFileName)); err != nil {
+	if err := os.Remove(filepath.Join(c.Dir, recordName)); err != nil {
 		t.Fatal(err)
 	}
 	i := start(t, c)
@@ -143,23 +143,21 @@ func TestUnrecordedInstanceIsEnded(t *testing.T) {
 	}
 }
 
-// The lock lives as long as the process, not as long as the agent's descriptor of it.
+// The lock is the folder's, whoever has it.
 func TestFolderInUse(t *testing.T) {
 	c := config(t)
-	i := start(t, c)
-	defer i.Stop()
-	for _, name := range []string{processFileName, pidName} {
-		if err := os.Remove(filepath.Join(c.Dir, name)); err != nil {
-			t.Fatal(err)
-		}
+	if err := os.Mkdir(c.Dir, 0o700); err != nil {
+		t.Fatal(err)
 	}
+	lock, err := takeOver(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if _, err := Start(ctx, c); err == nil || !strings.Contains(err.Error(), "is in use") {
-		t.Errorf("Start beside a running instance: %v", err)
-	}
-	if !i.Running() {
-		t.Error("the running instance was ended, though nothing says that it is the folder's")
+		t.Errorf("Start in a folder that is locked: %v", err)
 	}
 }
 
