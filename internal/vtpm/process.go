@@ -181,14 +181,14 @@ func (p *process) kill() {
 }
 
 // shutdown has the TPM save what it keeps in memory of its NV storage (counters and indexes that are orderly), which swtpm before
-// 0.8 does not do by itself. It waits no longer than stopPatience: one that hangs, or that is busy with another's connection, is
-// ended without. A TPM 1.2 has nothing of that kind.
+// 0.8 does not do by itself. It waits no longer than shutdownPatience: one that hangs, or that is busy with another's connection,
+// is ended without. A TPM 1.2 has nothing of that kind.
 func (i *Instance) shutdown() {
 	if i.config.Version != TPM20 {
 		return
 	}
 	done := make(chan struct{})
-	ctx, cancel := context.WithTimeout(context.Background(), stopPatience)
+	ctx, cancel := context.WithTimeout(context.Background(), shutdownPatience)
 	defer cancel()
 	go func() { // ends at the latest with the process
 		defer close(done)

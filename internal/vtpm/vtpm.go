@@ -222,8 +222,12 @@ func (i *Instance) ended(timeout time.Duration) bool {
 // Close lets go of the instance without ending it.
 func (i *Instance) Close() error { return unix.Close(i.pidfd) }
 
-// stopPatience is how long an instance may take to do what it is asked at its end, before it is made to.
-const stopPatience = 5 * time.Second
+const (
+	// shutdownPatience is how long an instance may take to save what it keeps in memory.
+	shutdownPatience = time.Second
+	// stopPatience is how long it may then take to end, before it is made to.
+	stopPatience = 5 * time.Second
+)
 
 // Stop ends the instance, after TPM2_Shutdown(CLEAR) so that all of its NV storage is kept; its PCRs are gone, and its devices
 // too when Stop returns. One that does not end by itself within five seconds is killed.
