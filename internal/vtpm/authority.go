@@ -44,7 +44,8 @@ const clockSkew = time.Hour
 func OpenAuthority(dir string) (*Authority, error) {
 	a, err := openAuthority(dir)
 	if err != nil {
-		return nil, fmt.Errorf("open the authority in %s: %w", dir, err)
+		return nil, fmt.Errorf("open the authority in %s: %w; bring back what is missing or broken, or move the folder away to have a "+
+			"new authority made", dir, err)
 	}
 	return a, nil
 }
@@ -62,7 +63,7 @@ func openAuthority(dir string) (*Authority, error) {
 		key, err = makeKey(filepath.Join(dir, AuthorityKeyName))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w; bring the key back, or move the folder away to have a new authority made", err)
+		return nil, err
 	}
 	if certificate == nil {
 		if certificate, err = makeCertificate(filepath.Join(dir, AuthorityCertificateName), key); err != nil {
@@ -70,7 +71,7 @@ func openAuthority(dir string) (*Authority, error) {
 		}
 	}
 	if !key.PublicKey.Equal(certificate.PublicKey) {
-		return nil, fmt.Errorf("%s is not the certificate of %s; bring the right one back", AuthorityCertificateName, AuthorityKeyName)
+		return nil, fmt.Errorf("%s is not the certificate of %s", AuthorityCertificateName, AuthorityKeyName)
 	}
 	return &Authority{key: key, certificate: certificate}, nil
 }

@@ -76,7 +76,9 @@ func run(c Config, lock, vtpmx *os.File) (*process, error) {
 		defer p.device.server.Close()
 		p.cmd.ExtraFiles = append(p.cmd.ExtraFiles, p.device.server)
 	}
-	if err := startWithoutPrivileges(p.cmd); err != nil {
+	if err := startWithoutPrivileges(p.cmd); errors.Is(err, os.ErrPermission) {
+		return nil, fmt.Errorf("%w; let the user that swtpm runs as (%q) execute it", err, c.User)
+	} else if err != nil {
 		return nil, fmt.Errorf("%w; install the package swtpm, or run with --ns-tpm none", err)
 	}
 	go func() { // ends with the process; without it a dead instance would stay a zombie

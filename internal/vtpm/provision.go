@@ -75,7 +75,7 @@ func session(ctx context.Context, c Config, lock *os.File, do func(*tpmext.TPM) 
 		return err
 	}
 	defer p.kill()
-	tpm, err := p.open(ctx, "unix:"+filepath.Join(c.Dir, stateName, socketName))
+	tpm, err := p.open(ctx, c.socketAddress())
 	if err != nil {
 		return err
 	}

@@ -240,6 +240,21 @@ func TestIdentityIsNotTheContainersToDelete(t *testing.T) {
 	if err := tpm.AllocateBanks(t.Context(), []ima.HashAlgo{ima.SHA1}); !errors.Is(err, tpm2.TPMRCHierarchy) {
 		t.Errorf("TPM2_PCR_Allocate: %v, want TPM_RC_HIERARCHY", err)
 	}
+	_, ak := readPublic(t, tpm, AKHandle)
+	raw, err := hex.DecodeString(ak)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = tpm2.EvictControl{
+		Auth: withoutPassword(tpm2.TPMRHOwner), PersistentHandle: AKHandle,
+		ObjectHandle: tpm2.NamedHandle{Handle: AKHandle, Name: tpm2.TPM2BName{Buffer: raw}},
+	}.Execute(tpm)
+	if err != nil { // this the owner may
+		t.Fatal(err)
+	}
+	if _, again, err := makePrimary(tpm, akTemplate, AKHandle); err != nil || again != ak {
+		t.Errorf("the attestation key made again is %s, %v; was %s", again, err, ak)
+	}
 	index, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(EKCertificateIndex)}.Execute(tpm)
 	if err != nil {
 		t.Fatal(err)
@@ -276,7 +291,7 @@ func TestAuthorityIsKept(t *testing.T) {
 	if err := os.Remove(key); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := OpenAuthority(dir); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "bring the key back") {
+	if _, err := OpenAuthority(dir); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "bring back what is missing") {
 		t.Errorf("a lost key: %v", err)
 	}
 	if _, err := makeKey(key); err != nil {

@@ -56,7 +56,7 @@ func (v Version) String() string {
 type Config struct {
 	Program string  // swtpm's name or path
 	Dir     string  // its folder; absolute
-	Socket  string  // its socket's path, unless Proxy; absolute, at most 102 bytes; the control channel is SOCKET.ctrl
+	Socket  string  // where its socket is to be found, unless Proxy; absolute, at most 102 bytes, the control channel is SOCKET.ctrl; or ""
 	Proxy   bool    // the instance is a device of the kernel's vTPM proxy driver; Adopt does not ask, the folder tells
 	Version Version // Adopt does not ask, the folder tells
 	User    string  // name or number of the user that swtpm runs as; "": the agent's own
@@ -186,11 +186,18 @@ func Adopt(c Config) (*Instance, error) {
 func (i *Instance) Address() string {
 	switch {
 	case i.device == nil:
-		return "unix:" + i.config.Socket
+		return i.config.socketAddress()
 	case i.config.Version == TPM12:
 		return i.device.TPM.Path
 	}
 	return i.device.RM.Path
+}
+
+func (c Config) socketAddress() string {
+	if c.Socket == "" {
+		return "unix:" + filepath.Join(c.Dir, stateName, socketName)
+	}
+	return "unix:" + c.Socket
 }
 
 // PID returns the instance's process number.
@@ -257,6 +264,9 @@ func Remove(c Config) error {
 
 // linkSockets makes the paths at which the sockets are to be found. The sockets themselves are in the folder that swtpm may write.
 func linkSockets(c Config) error {
+	if c.Socket == "" {
+		return nil
+	}
 	if err := os.MkdirAll(filepath.Dir(c.Socket), 0o700); err != nil {
 		return err
 	}

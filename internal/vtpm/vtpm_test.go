@@ -84,6 +84,32 @@ func TestInstanceIsAdoptedWithItsPCR(t *testing.T) {
 	}
 }
 
+// The folder of the sockets may be gone, or be another, when the next agent comes; without one the socket is in the instance's folder.
+func TestInstanceIsAdoptedAtAnotherSocket(t *testing.T) {
+	c := config(t)
+	first := start(t, c)
+	want := pcr(t, first.Address(), 1)
+	first.Close()
+	if err := errors.Join(os.Remove(c.Socket), os.Remove(c.Socket+controlSuffix)); err != nil {
+		t.Fatal(err)
+	}
+	for _, socket := range []string{"", filepath.Join(t.TempDir(), "run", "s")} {
+		c.Socket = socket
+		i, err := Adopt(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := pcr(t, i.Address(), 0); got != want {
+			t.Errorf("PCR 10 is %v at %s, was %v", got, i.Address(), want)
+		}
+		if socket == "" {
+			i.Close()
+		} else if err := i.Stop(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestDeadInstanceIsLostNotReplaced(t *testing.T) {
 	c := config(t)
 	i := start(t, c)
