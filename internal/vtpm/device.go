@@ -167,6 +167,21 @@ func (i *Instance) awaitDeviceGone() error {
 	}
 }
 
+// IsProxy reports whether a TPM's device, such as /dev/tpmrm0, is one that the proxy driver made, for whomever: software. On a
+// machine without a TPM of its own the first vTPM is /dev/tpm0.
+func IsProxy(path string) (bool, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return false, fmt.Errorf("look at %s: %w; look at `ls /dev/tpm*`", path, err)
+	}
+	// The proxy driver's are the only TPMs without a parent device. Source: vtpm_proxy_create_proxy_dev, device_add.
+	folder, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/char/%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)))
+	if err != nil {
+		return false, fmt.Errorf("look for %s in sysfs: %w; give the path of a TPM's device", path, err)
+	}
+	return strings.HasPrefix(folder, "/sys/devices/virtual/tpm"), nil
+}
+
 // sysfsID returns the number of a device's folder in sysfs, which no later folder has.
 func sysfsID(d Device) (uint64, error) {
 	var st unix.Stat_t

@@ -143,7 +143,7 @@ func (p *process) serve(ctx context.Context) (*Instance, error) {
 		return nil, fmt.Errorf("open process %d: %w", i.pid, err)
 	}
 	i.pidfd = pidfd
-	if err := i.record(); err != nil {
+	if err := i.writeRecord(); err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
 	return i, nil
@@ -223,9 +223,9 @@ func (r record) version() Version {
 	return TPM20
 }
 
-// record is the commit point: before it a crash leaves a process that nobody has used, which the next Start ends; after it Adopt
+// writeRecord is the commit point: before it a crash leaves a process that nobody has used, which the next Start ends; after it Adopt
 // finds the instance. A restarted one's folder names the lost one until then.
-func (i *Instance) record() error {
+func (i *Instance) writeRecord() error {
 	start, err := startTime(i.pid)
 	if err != nil {
 		return err

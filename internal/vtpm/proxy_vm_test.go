@@ -87,6 +87,11 @@ func TestVTPMProxyDevices(t *testing.T) {
 		if instances[n].Address() != fmt.Sprintf("/dev/tpmrm%d", d.Number) || d.RM.Path != instances[n].Address() {
 			t.Errorf("address %s of %+v", instances[n].Address(), d)
 		}
+		for path, want := range map[string]bool{d.TPM.Path: true, d.RM.Path: true, "/dev/tpm0": false, "/dev/tpmrm0": false} {
+			if got, err := IsProxy(path); got != want || err != nil {
+				t.Errorf("IsProxy(%s): %v, %v; want %v", path, got, err, want)
+			}
+		}
 		pcr(t, instances[n].Address(), byte(n+1))
 		if out := tool(t, d.RM.Path, "tpm2_readpublic", "-c", fmt.Sprintf("%#x", EKHandle)); !strings.Contains(out, identity.EK) {
 			t.Errorf("the endorsement key is not %s:\n%s", identity.EK, out)

@@ -1,5 +1,8 @@
 // Package vtpm runs swtpm instances: the TPM of each namespace but the native one.
 //
+// An agent calls OpenAuthority and OpenPool once and has Pool.Run at work; for each TPM Pool.Take (or Provision, or neither: the TPM
+// has no identity then) and Start, or Adopt if there is one; at the end Stop and Remove.
+//
 // Start makes an instance, Adopt finds one that an earlier agent started: an instance survives the agent, because its PCRs live
 // in its memory only. Stop ends it, Remove deletes what it kept. An instance that died has lost its PCRs; Adopt then returns
 // ErrLost, and nothing here starts another in its place (the list must say so first), unless Config.Restart asks for that: keys
@@ -164,22 +167,32 @@ func Adopt(c Config) (*Instance, error) {
 	if err != nil {
 		return nil, fmt.Errorf("adopt vTPM in %s: %w", c.Dir, ErrLost)
 	}
-	// The descriptor holds the process; only now can its start time not change any more.
-	if start, err := startTime(r.PID); err != nil || start != r.Start || !serves(r.PID, c) {
-		unix.Close(pidfd)
-		return nil, fmt.Errorf("adopt vTPM in %s: %w", c.Dir, ErrLost)
-	}
 	c.Proxy, c.Version = r.Device != nil, r.version()
 	i := &Instance{config: c, pidfd: pidfd, pid: r.PID, device: r.Device, deviceID: r.DeviceID}
-	if c.Proxy {
-		err = i.device.check()
+	// The descriptor holds the process; only now can its start time not change any more.
+	if start, startErr := startTime(r.PID); startErr != nil || start != r.Start {
+		err = ErrLost
 	} else {
-		err = linkSockets(c) // the folder of the sockets need not have survived
+		err = i.reach()
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("adopt vTPM in %s: %w", c.Dir, err), i.Close())
 	}
 	return i, nil
+}
+
+// reach makes sure that an adopted instance serves its folder, and is where it is looked for.
+func (i *Instance) reach() error {
+	found, err := serves(i.pid, i.config)
+	switch {
+	case err != nil:
+		return err
+	case !found:
+		return ErrLost
+	case i.device != nil:
+		return i.device.check()
+	}
+	return linkSockets(i.config) // the folder of the sockets need not have survived
 }
 
 // Address returns the instance's address for tpmext.Open.

@@ -150,6 +150,27 @@ func TestAdoptRefusesAnotherProcess(t *testing.T) {
 	}
 }
 
+// A record that can't be read is not the same as none, or as one of an instance that ended.
+func TestBrokenRecord(t *testing.T) {
+	c := config(t)
+	i := start(t, c)
+	defer i.Stop()
+	if err := os.WriteFile(filepath.Join(c.Dir, recordName), []byte(`{"pid":`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.Restart = true
+	_, adoptErr := Adopt(c)
+	_, startErr := Start(t.Context(), c)
+	for _, err := range []error{adoptErr, startErr} {
+		if err == nil || errors.Is(err, ErrLost) || errors.Is(err, os.ErrNotExist) {
+			t.Errorf("a broken record: %v", err)
+		}
+	}
+	if !i.Running() {
+		t.Error("the instance was ended")
+	}
+}
+
 // An agent that was killed between starting swtpm and recording it: the next Start ends that one and has a new one serve.
 func TestUnrecordedInstanceIsEnded(t *testing.T) {
 	c := config(t)
