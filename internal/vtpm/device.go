@@ -18,6 +18,14 @@ import (
 // can be had.
 var ErrNoProxy = errors.New("no vTPM proxy")
 
+// errDriverGaveUp means that the driver closed the server end before it registered the device: some command was not answered in the
+// time that the kernel gives it, down to 750 ms, which happens on a machine with too much to do. Nobody has used the TPM yet, so it
+// can be tried again.
+var errDriverGaveUp = errors.New("the kernel gave up on swtpm, which takes too long to answer; start fewer at a time, and look at dmesg")
+
+// proxyTries is how often a device is made until it is registered.
+const proxyTries = 3
+
 // Device is what the kernel made of an instance: two character devices of the host, until the instance ends.
 type Device struct {
 	Number uint32 `json:"number"` // N of /dev/tpmN

@@ -166,6 +166,9 @@ func (p *process) open(ctx context.Context, address string) (*tpmext.TPM, error)
 func (p *process) pause(ctx context.Context) error {
 	select {
 	case <-p.exited:
+		if p.device != nil && p.cmd.ProcessState.Success() { // so swtpm ends when its client goes
+			return errDriverGaveUp
+		}
 		log := filepath.Join(p.config.Dir, logName)
 		return fmt.Errorf("swtpm ended: %s; its messages are in %s", lastLine(log), log)
 	case <-ctx.Done():

@@ -23,6 +23,12 @@ func proxyConfig(t *testing.T) Config {
 	t.Helper()
 	c := config(t)
 	c.Socket, c.Proxy, c.User = "", true, unprivileged
+	t.Cleanup(func() {
+		if t.Failed() {
+			out, _ := exec.Command("sh", "-c", "dmesg | grep -i tpm | tail -20").CombinedOutput()
+			t.Logf("the kernel says:\n%s", out)
+		}
+	})
 	return c
 }
 
@@ -259,6 +265,36 @@ func TestVTPMProxyHung(t *testing.T) {
 		t.Error(err)
 	}
 	lacks(t, d.TPM.Path, d.RM.Path)
+}
+
+// One that the kernel gave up on is tried again, not for ever.
+func TestVTPMProxyIsTriedAgain(t *testing.T) {
+	before := devices(t)
+	c := proxyConfig(t)
+	c.Program = filepath.Join(t.TempDir(), "swtpm")
+	tried := fmt.Sprintf("/proc/self/fd/%d/tried", stateFD)
+	for name, script := range map[string]string{
+		"once":   "#!/bin/sh\n[ -e " + tried + " ] || { : >" + tried + "; exit 0; }\nexec /usr/bin/swtpm \"$@\"\n",
+		"always": "#!/bin/sh\nexit 0\n",
+	} {
+		if err := os.WriteFile(c.Program, []byte(script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		i, err := Start(t.Context(), c)
+		if (name == "once") != (err == nil) || err != nil && !errors.Is(err, errDriverGaveUp) {
+			t.Errorf("gave up %s: %v", name, err)
+		}
+		if err != nil {
+			continue
+		}
+		pcr(t, i.Address(), 1)
+		if err := errors.Join(i.Stop(), Remove(c)); err != nil {
+			t.Error(err)
+		}
+	}
+	if after := devices(t); after != before {
+		t.Errorf("devices %s, before %s", after, before)
+	}
 }
 
 func TestVTPMProxyTPM12(t *testing.T) {

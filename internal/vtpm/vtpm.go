@@ -119,6 +119,15 @@ func startServing(ctx context.Context, c Config) (*Instance, error) {
 			return nil, err
 		}
 	}
+	for try := 1; ; try++ {
+		i, err := startOnce(ctx, c, lock, vtpmx)
+		if try == proxyTries || !errors.Is(err, errDriverGaveUp) {
+			return i, err
+		}
+	}
+}
+
+func startOnce(ctx context.Context, c Config, lock, vtpmx *os.File) (*Instance, error) {
 	p, err := run(c, lock, vtpmx)
 	if err != nil {
 		return nil, err
