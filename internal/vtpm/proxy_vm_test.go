@@ -271,7 +271,11 @@ func TestVTPMProxyHung(t *testing.T) {
 func TestVTPMProxyIsTriedAgain(t *testing.T) {
 	before := devices(t)
 	c := proxyConfig(t)
-	c.Program = filepath.Join(t.TempDir(), "swtpm")
+	dir := t.TempDir()
+	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c.Program = filepath.Join(dir, "swtpm")
 	tried := fmt.Sprintf("/proc/self/fd/%d/tried", stateFD)
 	for name, script := range map[string]string{
 		"once":   "#!/bin/sh\n[ -e " + tried + " ] || { : >" + tried + "; exit 0; }\nexec /usr/bin/swtpm \"$@\"\n",
