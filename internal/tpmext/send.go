@@ -93,9 +93,15 @@ func askedToRetry(rc tpm2.TPMRC) bool {
 	return rc == tpm2.TPMRCRetry || rc == tpm2.TPMRCYielded || rc == tpm2.TPMRCTesting
 }
 
+// tpm12Codes is where the response codes of a TPM 1.2 end and those of a TPM 2.0 begin. Source: Part 2, section 6.6.2.
+const tpm12Codes = tpm2.TPMRC(0x100)
+
 // named says which command failed, and names the response codes that callers decide by.
 func named(name string, err error) error {
+	var rc tpm2.TPMRC
 	switch {
+	case errors.As(err, &rc) && rc < tpm12Codes:
+		return fmt.Errorf("%s: %w", name, ErrVersion)
 	case errors.Is(err, tpm2.TPMRCFailure):
 		return fmt.Errorf("%s: %w", name, ErrFailureMode)
 	case errors.Is(err, tpm2.TPMRCInitialize):

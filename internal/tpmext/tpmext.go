@@ -33,6 +33,8 @@ var (
 	ErrFailureMode = errors.New("TPM in failure mode; only a reset of the machine (or a restart of swtpm) brings it back")
 	// ErrNotStarted means that nobody sent TPM2_Startup: TPM_RC_INITIALIZE.
 	ErrNotStarted = errors.New("TPM not started; the firmware does that, for swtpm the flag startup-clear")
+	// ErrVersion means that the TPM is a TPM 1.2, whose registers this package neither reads nor extends.
+	ErrVersion = errors.New("a TPM 1.2, which can be neither read nor extended here; use a TPM 2.0")
 	// ErrUnstable means that each time registers were read by several commands, another program extended between them.
 	ErrUnstable = errors.New("the PCRs keep changing")
 )

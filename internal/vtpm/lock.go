@@ -8,10 +8,11 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/proc"
 )
 
 // takeOverTimeout is ample for a process that is just starting, and for one to die.
@@ -20,7 +21,7 @@ const takeOverTimeout = 5 * time.Second
 // takeOver locks an instance's folder, so that two never serve it. A process that has the lock is one that an earlier agent
 // started and did not live to record: nobody has used it, so it is ended.
 func takeOver(ctx context.Context, c Config) (*os.File, error) {
-	lock, err := os.OpenFile(filepath.Join(c.Dir, lockName), os.O_RDWR|os.O_CREATE, 0o600)
+	lock, err := os.OpenFile(filepath.Join(c.Dir, lockName), os.O_RDONLY|os.O_CREATE, 0o600) // swtpm inherits it
 	if err != nil {
 		return nil, err
 	}
@@ -43,31 +44,60 @@ func takeOver(ctx context.Context, c Config) (*os.File, error) {
 	}
 }
 
-// endUnrecorded kills the process that told its number in the folder, if it was started for the folder.
+// endUnrecorded kills the process that was started for the folder.
 func endUnrecorded(c Config) {
-	b, err := os.ReadFile(filepath.Join(c.Dir, pidName))
-	if err != nil {
-		return // it has not got that far
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	if err != nil || pid <= 1 {
-		return
-	}
-	fd, err := unix.PidfdOpen(pid, 0)
+	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return
 	}
-	defer unix.Close(fd)
-	if serves(pid, c) { // the descriptor holds the process that was looked at
-		unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid <= 1 || pid == os.Getpid() {
+			continue
+		}
+		fd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			continue
+		}
+		if found, err := serves(pid, c); found && err == nil { // the descriptor holds the process that was looked at
+			unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+		}
+		unix.Close(fd)
 	}
 }
 
-// serves reports whether a process was started for the folder.
-func serves(pid int, c Config) bool {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	return err == nil && bytes.Contains(b, []byte(stateOption(c)+"\x00"))
+// serves reports whether a process was started for the folder: it is a swtpm, and its lock is the folder's. Only root can open that
+// file, so no other process can pass for it. An error: the process can't be looked at.
+func serves(pid int, c Config) (bool, error) {
+	type answer struct {
+		found bool
+		err   error
+	}
+	a, ok := proc.Ask(pid, func() answer {
+		found, err := hasLock(pid, c)
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			err = nil // it has ended, or has no such descriptor
+		}
+		return answer{found, err}
+	})
+	if !ok {
+		return false, fmt.Errorf("look at process %d: no answer; try again when the machine has less to do", pid)
+	}
+	if a.err != nil {
+		return false, fmt.Errorf("look at process %d: %w; run as root with CAP_SYS_PTRACE", pid, a.err)
+	}
+	return a.found, nil
 }
 
-// stateOption is the argument that says where swtpm keeps its state.
-func stateOption(c Config) string { return "dir=" + c.Dir + ",mode=0600" }
+func hasLock(pid int, c Config) (bool, error) {
+	arguments, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil || !bytes.Contains(arguments, []byte("\x00"+stateOption+"\x00")) {
+		return false, err
+	}
+	theirs, err := os.Stat(fmt.Sprintf("/proc/%d/fd/%d", pid, lockFD))
+	if err != nil {
+		return false, err
+	}
+	ours, err := os.Stat(filepath.Join(c.Dir, lockName))
+	return err == nil && os.SameFile(theirs, ours), err
+}

@@ -1,203 +1,237 @@
 // Package vtpm runs swtpm instances: the TPM of each namespace but the native one.
 //
-// Start makes an instance, Adopt finds one that an earlier agent started: an instance survives the agent, because its PCRs live
-// in its memory only. Stop ends it, Remove ends it and deletes what it kept. An instance that died has lost its PCRs; Adopt then
-// returns ErrLost, and nothing here ever starts another in its place: the list must say so first.
+// An agent calls OpenAuthority and OpenPool once and has Pool.Run at work; for each TPM Pool.Take (or Provision, or neither: the TPM
+// has no identity then) and Start, or Adopt if there is one; at the end Stop and Remove.
 //
-// An instance listens on a Unix socket that only root may use, speaks the TPM's own protocol on it, and has been started up
-// (TPM2_Startup(CLEAR)) exactly once, by itself. It serves one connection at a time.
+// Start makes an instance, Adopt finds one that an earlier agent started: an instance survives the agent, because its PCRs live
+// in its memory only. Stop ends it, Remove deletes what it kept. An instance that died has lost its PCRs; Adopt then returns
+// ErrLost, and nothing here starts another in its place (the list must say so first), unless Config.Restart asks for that: keys
+// and NV storage are then as they were left, and the PCRs begin anew.
+//
+// An instance is reached by a Unix socket that only root may use, or is a device of the kernel's vTPM proxy driver (Config.Proxy).
+// It has been started up (TPM2_Startup(CLEAR)) exactly once, and its platform hierarchy is closed, as a machine's firmware does it.
+// A socket serves one connection at a time, /dev/tpmN one program, /dev/tpmrmN any number.
+//
+// Provision gives a folder its identity before the first start: endorsement key, certificate, attestation key. A Pool keeps such
+// folders ready. What an identity is worth: it shows that an instance is the one that the agent recorded, never more than that,
+// because the host's root can read an instance's keys.
+//
+// A folder holds process.json, lock, swtpm.log, identity.json and ek.der, which are root's, and state, which is the user's that
+// swtpm runs as. swtpm gets the folder state by a descriptor: it can reach nothing else of it, whatever the modes of the parents.
 package vtpm
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/durable"
-	"imans.dev/imans-agent/internal/proc"
 	"imans.dev/imans-agent/internal/tpmext"
 )
 
 // ErrLost means that an instance is not running any more: what its PCRs held is gone.
 var ErrLost = errors.New("the vTPM is not running any more, its PCRs are lost")
 
-// startTimeout bounds how long a new instance may take until it answers: making its seeds takes a while on a slow machine.
-const startTimeout = 60 * time.Second
+// Version is which TPM an instance is.
+type Version int
 
-// Config says where an instance lives.
+// TPM20 is the zero value. A TPM 1.2 is to be had as a proxy device only, and without identity; tpmext.Open refuses it
+// (tpmext.ErrVersion).
+const (
+	TPM20 Version = iota
+	TPM12
+)
+
+// String returns the version's number.
+func (v Version) String() string {
+	if v == TPM12 {
+		return "1.2"
+	}
+	return "2.0"
+}
+
+// Config says where an instance lives, and what it is.
 type Config struct {
-	Program string // swtpm's name or path
-	Dir     string // its state, log and process file; absolute
-	Socket  string // its socket's path; absolute, at most 102 bytes; the control channel is SOCKET.ctrl
+	Program string  // swtpm's name or path
+	Dir     string  // its folder; absolute
+	Socket  string  // where its socket is to be found, unless Proxy; absolute, at most 102 bytes, the control channel is SOCKET.ctrl; or ""
+	Proxy   bool    // the instance is a device of the kernel's vTPM proxy driver; Adopt does not ask, the folder tells
+	Version Version // Adopt does not ask, the folder tells
+	User    string  // name or number of the user that swtpm runs as; "": the agent's own
+	Restart bool    // Start uses a folder whose instance is lost
 }
 
 // Instance is one running swtpm.
 type Instance struct {
-	config Config
-	pidfd  int
-	pid    int
+	config   Config
+	pidfd    int
+	pid      int
+	device   *Device // nil: by socket
+	deviceID uint64  // tells the device from a later one of the same number
 }
-
-// processFile records which process serves a folder.
-type processFile struct {
-	PID   int    `json:"pid"`
-	Start string `json:"start"` // field 22 of /proc/PID/stat: with the pid it names the process for good
-}
-
-const processFileName = "process.json"
-
-// lockName is a file in Config.Dir that the process has locked as long as it lives, by a descriptor that it inherits.
-const lockName = "lock"
-
-// pidName is a file in Config.Dir that swtpm writes its process number to before it serves.
-const pidName = "swtpm.pid"
 
 // controlSuffix is where the TCG software stack's swtpm interface (tpm2-tools -T swtpm:path=SOCKET) looks for the control channel.
 const controlSuffix = ".ctrl"
 
+// startTimeout bounds how long a new instance may take until it answers: making its seeds takes a while on a slow machine.
+const startTimeout = 60 * time.Second
+
 // Start makes the folder, runs an instance in it and waits until it answers. It fails if one was started in that folder before:
-// Adopt or Remove that.
+// Adopt or Remove that, or set Config.Restart. ErrNoProxy: Config.Proxy is set and the machine has no vTPM proxy; nothing was done.
 func Start(ctx context.Context, c Config) (*Instance, error) {
-	if len(c.Socket+controlSuffix) > 107 {
-		return nil, fmt.Errorf("start vTPM: the socket path %s has %d bytes, at most 102 work; choose a shorter --run-dir",
-			c.Socket, len(c.Socket))
-	}
-	if err := durable.Mkdir(c.Dir); err != nil {
-		return nil, fmt.Errorf("start vTPM: %w", err)
-	}
-	if _, err := os.Stat(filepath.Join(c.Dir, processFileName)); err == nil {
-		return nil, fmt.Errorf("start vTPM: %s was in use before", c.Dir)
-	}
-	if err := os.MkdirAll(filepath.Dir(c.Socket), 0o700); err != nil {
-		return nil, fmt.Errorf("start vTPM: %w", err)
-	}
-	lock, err := takeOver(ctx, c)
+	i, err := startServing(ctx, c)
 	if err != nil {
-		return nil, fmt.Errorf("start vTPM: %w", err)
-	}
-	defer lock.Close()
-	removeSockets(c)
-	log, err := os.OpenFile(filepath.Join(c.Dir, "swtpm.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("start vTPM: %w", err)
-	}
-	defer log.Close()
-	cmd := exec.Command(c.Program, "socket", "--tpm2",
-		"--tpmstate", stateOption(c),
-		"--server", "type=unixio,path="+c.Socket+",mode=0600",
-		"--ctrl", "type=unixio,path="+c.Socket+controlSuffix+",mode=0600",
-		"--flags", "not-need-init,startup-clear",
-		"--pid", "file="+filepath.Join(c.Dir, pidName))
-	cmd.ExtraFiles = []*os.File{lock} // the lock is the process's from now on, and ends with it
-	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start vTPM: %w; install the package swtpm, or run with --ns-tpm none", err)
-	}
-	exited := make(chan struct{})
-	go func() { // ends with the process; without it a dead instance would stay a zombie
-		cmd.Wait()
-		close(exited)
-	}()
-	i, err := open(c, cmd.Process.Pid)
-	if err == nil {
-		err = i.await(ctx, exited)
-	}
-	if err == nil {
-		err = i.record()
-	}
-	if err != nil {
-		cmd.Process.Kill()
-		<-exited
-		if i != nil {
-			i.Close()
-		}
 		return nil, fmt.Errorf("start vTPM: %w", err)
 	}
 	return i, nil
 }
 
-func open(c Config, pid int) (*Instance, error) {
-	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open process %d: %w", pid, err)
+func startServing(ctx context.Context, c Config) (*Instance, error) {
+	if err := c.check(); err != nil {
+		return nil, err
 	}
-	return &Instance{config: c, pidfd: fd, pid: pid}, nil
+	var vtpmx *os.File
+	if c.Proxy {
+		var err error
+		if vtpmx, err = openProxy(); err != nil {
+			return nil, err
+		}
+		defer vtpmx.Close()
+	}
+	if err := durable.Mkdir(c.Dir); err != nil {
+		return nil, err
+	}
+	if err := checkUnused(c); err != nil {
+		return nil, err
+	}
+	lock, err := takeOver(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	defer lock.Close()
+	if !c.Proxy {
+		if err := linkSockets(c); err != nil {
+			return nil, err
+		}
+	}
+	for try := 1; ; try++ {
+		i, err := startOnce(ctx, c, lock, vtpmx)
+		if try == proxyTries || !errors.Is(err, errDriverGaveUp) {
+			return i, err
+		}
+	}
 }
 
-// record is the commit point: before it a crash leaves a process that nobody has used, which the next Start ends; after it Adopt
-// finds the instance.
-func (i *Instance) record() error {
-	start, err := startTime(i.pid)
+func startOnce(ctx context.Context, c Config, lock, vtpmx *os.File) (*Instance, error) {
+	p, err := run(c, lock, vtpmx)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	b, err := json.Marshal(processFile{PID: i.pid, Start: start})
+	i, err := p.serve(ctx)
 	if err != nil {
-		return err
+		p.kill()
+		return nil, err
 	}
-	return durable.WriteFile(filepath.Join(i.config.Dir, processFileName), b)
+	return i, nil
 }
 
-// await waits until the instance answers, started up.
-func (i *Instance) await(ctx context.Context, exited <-chan struct{}) error {
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-	for {
-		tpm, err := tpmext.Open(ctx, i.Address())
-		if err == nil {
-			return tpm.Close()
-		}
-		if !errors.Is(err, tpmext.ErrUnavailable) {
-			return err
-		}
-		select {
-		case <-exited:
-			return fmt.Errorf("swtpm ended: %s", lastLine(filepath.Join(i.config.Dir, "swtpm.log")))
-		case <-ctx.Done():
-			return fmt.Errorf("swtpm does not answer: %w", err)
-		case <-time.After(2 * time.Millisecond):
-		}
+func (c Config) check() error {
+	switch {
+	case c.Version == TPM12 && !c.Proxy:
+		return fmt.Errorf("version 1.2 is there as a proxy device only: %w", tpmext.ErrVersion)
+	case !c.Proxy && len(c.Socket+controlSuffix) > 107:
+		return fmt.Errorf("the socket path %s has %d bytes, at most 102 work; choose a shorter --run-dir", c.Socket, len(c.Socket))
 	}
+	return nil
+}
+
+// checkUnused keeps a lost TPM from being replaced without a word.
+func checkUnused(c Config) error {
+	i, err := Adopt(c)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case c.Restart && errors.Is(err, ErrLost):
+		return nil
+	case err == nil:
+		err = fmt.Errorf("process %d serves it", i.PID())
+		i.Close()
+	}
+	return fmt.Errorf("%s was in use before: %w; adopt or remove that one", c.Dir, err)
 }
 
 // Adopt finds the instance that was started in the folder. ErrLost: it is not running any more, or another process has its
 // number. An error that is os.ErrNotExist: none was ever started there.
 func Adopt(c Config) (*Instance, error) {
-	b, err := os.ReadFile(filepath.Join(c.Dir, processFileName))
+	r, err := readRecord(c.Dir)
 	if err != nil {
-		return nil, fmt.Errorf("adopt vTPM: %w", err)
-	}
-	var p processFile
-	if err := json.Unmarshal(b, &p); err != nil {
 		return nil, fmt.Errorf("adopt vTPM in %s: %w", c.Dir, err)
 	}
-	i, err := open(c, p.PID)
+	pidfd, err := unix.PidfdOpen(r.PID, 0)
 	if err != nil {
 		return nil, fmt.Errorf("adopt vTPM in %s: %w", c.Dir, ErrLost)
 	}
+	c.Proxy, c.Version = r.Device != nil, r.version()
+	i := &Instance{config: c, pidfd: pidfd, pid: r.PID, device: r.Device, deviceID: r.DeviceID}
 	// The descriptor holds the process; only now can its start time not change any more.
-	if start, err := startTime(p.PID); err != nil || start != p.Start || !serves(p.PID, c) {
-		i.Close()
-		return nil, fmt.Errorf("adopt vTPM in %s: %w", c.Dir, ErrLost)
+	if start, startErr := startTime(r.PID); startErr != nil || start != r.Start {
+		err = ErrLost
+	} else {
+		err = i.reach()
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("adopt vTPM in %s: %w", c.Dir, err), i.Close())
 	}
 	return i, nil
 }
 
+// reach makes sure that an adopted instance serves its folder, and is where it is looked for.
+func (i *Instance) reach() error {
+	found, err := serves(i.pid, i.config)
+	switch {
+	case err != nil:
+		return err
+	case !found:
+		return ErrLost
+	case i.device != nil:
+		return i.device.check()
+	}
+	return linkSockets(i.config) // the folder of the sockets need not have survived
+}
+
 // Address returns the instance's address for tpmext.Open.
-func (i *Instance) Address() string { return "unix:" + i.config.Socket }
+func (i *Instance) Address() string {
+	switch {
+	case i.device == nil:
+		return i.config.socketAddress()
+	case i.config.Version == TPM12:
+		return i.device.TPM.Path
+	}
+	return i.device.RM.Path
+}
+
+func (c Config) socketAddress() string {
+	if c.Socket == "" {
+		return "unix:" + filepath.Join(c.Dir, stateName, socketName)
+	}
+	return "unix:" + c.Socket
+}
 
 // PID returns the instance's process number.
 func (i *Instance) PID() int { return i.pid }
+
+// Device returns the instance's devices; false: it is reached by its socket.
+func (i *Instance) Device() (Device, bool) {
+	if i.device == nil {
+		return Device{}, false
+	}
+	return *i.device, true
+}
 
 // Running reports whether the process is alive.
 func (i *Instance) Running() bool {
@@ -217,21 +251,28 @@ func (i *Instance) ended(timeout time.Duration) bool {
 // Close lets go of the instance without ending it.
 func (i *Instance) Close() error { return unix.Close(i.pidfd) }
 
-// Stop ends the instance: its PCRs are gone. One that does not end by itself within five seconds is killed.
+const (
+	// shutdownPatience is how long an instance may take to save what it keeps in memory.
+	shutdownPatience = time.Second
+	// stopPatience is how long it may then take to end, before it is made to.
+	stopPatience = 5 * time.Second
+)
+
+// Stop ends the instance, after TPM2_Shutdown(CLEAR) so that all of its NV storage is kept; its PCRs are gone, and its devices
+// too when Stop returns. One that does not end by itself within five seconds is killed.
 func (i *Instance) Stop() error {
 	defer i.Close()
 	defer removeSockets(i.config)
+	i.shutdown()
 	for _, s := range []unix.Signal{unix.SIGTERM, unix.SIGKILL} {
-		if err := unix.PidfdSendSignal(i.pidfd, s, nil, 0); errors.Is(err, unix.ESRCH) {
-			return nil
-		} else if err != nil {
+		if err := unix.PidfdSendSignal(i.pidfd, s, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 			return fmt.Errorf("stop vTPM: %w", err)
 		}
-		if i.ended(5 * time.Second) {
-			return nil
+		if i.ended(stopPatience) {
+			return i.awaitDeviceGone()
 		}
 	}
-	return fmt.Errorf("stop vTPM: process %d does not end", i.pid)
+	return fmt.Errorf("stop vTPM: process %d does not end; look at its state in /proc/%d/stack", i.pid, i.pid)
 }
 
 // Remove deletes what an instance kept in its folder. Stop it first.
@@ -243,27 +284,24 @@ func Remove(c Config) error {
 	return nil
 }
 
+// linkSockets makes the paths at which the sockets are to be found. The sockets themselves are in the folder that swtpm may write.
+func linkSockets(c Config) error {
+	if c.Socket == "" {
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Dir(c.Socket), 0o700); err != nil {
+		return err
+	}
+	removeSockets(c)
+	if err := os.Symlink(filepath.Join(c.Dir, stateName, socketName), c.Socket); err != nil {
+		return err
+	}
+	return os.Symlink(filepath.Join(c.Dir, stateName, socketName+controlSuffix), c.Socket+controlSuffix)
+}
+
 func removeSockets(c Config) {
-	os.Remove(c.Socket)
-	os.Remove(c.Socket + controlSuffix)
-}
-
-func startTime(pid int) (string, error) {
-	fields, err := proc.Stat(pid)
-	if err != nil {
-		return "", err
+	if c.Socket != "" {
+		os.Remove(c.Socket)
+		os.Remove(c.Socket + controlSuffix)
 	}
-	if state := fields[proc.StatState]; state == "Z" || state == "X" {
-		return "", os.ErrProcessDone
-	}
-	return fields[proc.StatStart], nil
-}
-
-func lastLine(path string) string {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return err.Error()
-	}
-	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
-	return lines[len(lines)-1]
 }

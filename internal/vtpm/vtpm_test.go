@@ -84,6 +84,32 @@ func TestInstanceIsAdoptedWithItsPCR(t *testing.T) {
 	}
 }
 
+// The folder of the sockets may be gone, or be another, when the next agent comes; without one the socket is in the instance's folder.
+func TestInstanceIsAdoptedAtAnotherSocket(t *testing.T) {
+	c := config(t)
+	first := start(t, c)
+	want := pcr(t, first.Address(), 1)
+	first.Close()
+	if err := errors.Join(os.Remove(c.Socket), os.Remove(c.Socket+controlSuffix)); err != nil {
+		t.Fatal(err)
+	}
+	for _, socket := range []string{"", filepath.Join(t.TempDir(), "run", "s")} {
+		c.Socket = socket
+		i, err := Adopt(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := pcr(t, i.Address(), 0); got != want {
+			t.Errorf("PCR 10 is %v at %s, was %v", got, i.Address(), want)
+		}
+		if socket == "" {
+			i.Close()
+		} else if err := i.Stop(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestDeadInstanceIsLostNotReplaced(t *testing.T) {
 	c := config(t)
 	i := start(t, c)
@@ -115,7 +141,7 @@ func TestAdoptRefusesAnotherProcess(t *testing.T) {
 	c := config(t)
 	i := start(t, c)
 	defer i.Stop()
-	path := filepath.Join(c.Dir, processFileName)
+	path := filepath.Join(c.Dir, recordName)
 	if err := os.WriteFile(path, []byte(`{"pid":1,"start":"12345"}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -124,12 +150,33 @@ func TestAdoptRefusesAnotherProcess(t *testing.T) {
 	}
 }
 
+// A record that can't be read is not the same as none, or as one of an instance that ended.
+func TestBrokenRecord(t *testing.T) {
+	c := config(t)
+	i := start(t, c)
+	defer i.Stop()
+	if err := os.WriteFile(filepath.Join(c.Dir, recordName), []byte(`{"pid":`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.Restart = true
+	_, adoptErr := Adopt(c)
+	_, startErr := Start(t.Context(), c)
+	for _, err := range []error{adoptErr, startErr} {
+		if err == nil || errors.Is(err, ErrLost) || errors.Is(err, os.ErrNotExist) {
+			t.Errorf("a broken record: %v", err)
+		}
+	}
+	if !i.Running() {
+		t.Error("the instance was ended")
+	}
+}
+
 // An agent that was killed between starting swtpm and recording it: the next Start ends that one and has a new one serve.
 func TestUnrecordedInstanceIsEnded(t *testing.T) {
 	c := config(t)
 	orphan := start(t, c)
 	pcr(t, orphan.Address(), 1)
-	if err := os.Remove(filepath.Join(c.Dir, processFileName)); err != nil {
+	if err := os.Remove(filepath.Join(c.Dir, recordName)); err != nil {
 		t.Fatal(err)
 	}
 	i := start(t, c)
@@ -143,23 +190,21 @@ func TestUnrecordedInstanceIsEnded(t *testing.T) {
 	}
 }
 
-// The lock lives as long as the process, not as long as the agent's descriptor of it.
+// The lock is the folder's, whoever has it.
 func TestFolderInUse(t *testing.T) {
 	c := config(t)
-	i := start(t, c)
-	defer i.Stop()
-	for _, name := range []string{processFileName, pidName} {
-		if err := os.Remove(filepath.Join(c.Dir, name)); err != nil {
-			t.Fatal(err)
-		}
+	if err := os.Mkdir(c.Dir, 0o700); err != nil {
+		t.Fatal(err)
 	}
+	lock, err := takeOver(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if _, err := Start(ctx, c); err == nil || !strings.Contains(err.Error(), "is in use") {
-		t.Errorf("Start beside a running instance: %v", err)
-	}
-	if !i.Running() {
-		t.Error("the running instance was ended, though nothing says that it is the folder's")
+		t.Errorf("Start in a folder that is locked: %v", err)
 	}
 }
 

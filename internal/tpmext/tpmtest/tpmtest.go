@@ -17,6 +17,7 @@ import (
 type Swtpm struct {
 	Dir    string // its working folder: state, sockets
 	Socket string // path of the data socket
+	tpm12  bool
 	t      testing.TB
 	cmd    *exec.Cmd
 	output bytes.Buffer
@@ -32,11 +33,22 @@ func Start(t testing.TB) *Swtpm {
 // StartFlags is Start with other --flags, such as "not-need-init" for a TPM that nobody has started up.
 func StartFlags(t testing.TB, flags string) *Swtpm {
 	t.Helper()
+	return start(t, false, flags)
+}
+
+// StartTPM12 is Start of a TPM 1.2.
+func StartTPM12(t testing.TB) *Swtpm {
+	t.Helper()
+	return start(t, true, "not-need-init,startup-clear")
+}
+
+func start(t testing.TB, tpm12 bool, flags string) *Swtpm {
+	t.Helper()
 	if _, err := exec.LookPath("swtpm"); err != nil {
 		t.Fatalf("%v; install the package swtpm", err)
 	}
 	dir := t.TempDir()
-	s := &Swtpm{Dir: dir, Socket: filepath.Join(dir, "tpm"), t: t}
+	s := &Swtpm{Dir: dir, Socket: filepath.Join(dir, "tpm"), tpm12: tpm12, t: t}
 	s.Run(flags)
 	t.Cleanup(s.Kill)
 	return s
@@ -50,8 +62,12 @@ func (s *Swtpm) Run(flags string) {
 	s.t.Helper()
 	os.Remove(s.Socket)
 	// Relative paths: a socket's address has room for 107 bytes only, and test folders have long names.
-	s.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+s.Dir, "--server", "type=unixio,path=tpm",
-		"--ctrl", "type=unixio,path=tpm.ctrl", "--flags", flags)
+	args := []string{"socket", "--tpmstate", "dir=" + s.Dir, "--server", "type=unixio,path=tpm",
+		"--ctrl", "type=unixio,path=tpm.ctrl", "--flags", flags}
+	if !s.tpm12 {
+		args = append(args, "--tpm2")
+	}
+	s.cmd = exec.Command("swtpm", args...)
 	s.cmd.Dir = s.Dir
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // a test that panics leaves none behind
 	s.cmd.Stdout, s.cmd.Stderr = &s.output, &s.output
