@@ -111,6 +111,9 @@ func (l *List) first(ctx context.Context) (*imalog.Entry, error) {
 		return nil, err
 	}
 	e, err := r.Next()
+	if l.hasEnded() { // and its file may be closed
+		return nil, l.whyEnded()
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read boot_aggregate: %w", err)
 	}
@@ -131,9 +134,7 @@ func (l *List) goOver(ctx context.Context, tpm TPM) (held int, err error) {
 		<-m.done
 		return m.held, nil
 	case <-l.ended:
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		return 0, l.endErr
+		return 0, l.whyEnded()
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}

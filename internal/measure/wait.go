@@ -122,6 +122,13 @@ func (l *List) hasEnded() bool {
 	}
 }
 
+// whyEnded returns what ended the list.
+func (l *List) whyEnded() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.endErr
+}
+
 // end makes err what all get who still wait, and what every later Append gets. Only the first call counts. l.mu is held.
 func (l *List) end(err error) {
 	if l.endErr == nil {
