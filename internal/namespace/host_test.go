@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -188,5 +189,16 @@ func gone(t *testing.T, path string) {
 	t.Helper()
 	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("%s is still there: %v", path, err)
+	}
+}
+
+// dead checks that a process has ended.
+func dead(t *testing.T, pid int) {
+	t.Helper()
+	for ctx := soon(t); alive(uint32(pid)); time.Sleep(time.Millisecond) {
+		if ctx.Err() != nil {
+			t.Errorf("process %d is still there", pid)
+			return
+		}
 	}
 }

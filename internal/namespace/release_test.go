@@ -129,9 +129,7 @@ func TestReleaseTPM(t *testing.T) {
 			}
 			h.tree.finishing.Wait()
 			gone(t, first.Config.Dir)
-			if first.Instance.Running() {
-				t.Error("the vTPM is still running")
-			}
+			dead(t, first.Instance.PID())
 			e := h.bindings(1)[0].End
 			if e == nil || e.Cause != cause || e.Entries != 2 {
 				t.Fatalf("end %+v", e)
@@ -184,9 +182,7 @@ func TestCrashBeforeTheEndIsTold(t *testing.T) {
 				}
 				gone(t, h.s.dir)
 				gone(t, a.Config.Dir)
-				if a.Instance.Running() {
-					t.Error("the vTPM is still running")
-				}
+				dead(t, a.Instance.PID())
 			})
 		}
 	}
@@ -223,7 +219,7 @@ func TestEndWhileAgentEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.tree.finish(soon(t), h.s)
-	if _, err := os.Stat(h.s.dir); err != nil || !running(t, a.Config) {
+	if _, err := os.Stat(h.s.dir); err != nil || !alive(uint32(a.Instance.PID())) {
 		t.Fatalf("ended before the native list says so: %v", err)
 	}
 	h.begin("swtpm")
@@ -232,21 +228,6 @@ func TestEndWhileAgentEnds(t *testing.T) {
 	if e := h.bindings(1)[0].End; e == nil || e.Cause != binding.Ended || e.Entries != 2 {
 		t.Errorf("end %+v", e)
 	}
-	if running(t, a.Config) {
-		t.Error("the vTPM is still running")
-	}
+	dead(t, a.Instance.PID())
 	gone(t, h.s.dir)
-}
-
-// running reports whether the instance is there that was started in the folder.
-func running(t *testing.T, c vtpm.Config) bool {
-	t.Helper()
-	i, err := vtpm.Adopt(c)
-	if err != nil {
-		return false
-	}
-	if err := i.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return true
 }
