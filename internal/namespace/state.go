@@ -80,6 +80,11 @@ type stateFile struct {
 
 const stateFileName = "namespace.json"
 
+func (t *Tree) nsDir() string { return nsDir(t.config.Dir) }
+
+// nsDir is the folder of the namespaces' folders in a boot's.
+func nsDir(boot string) string { return filepath.Join(boot, "ns") }
+
 // leftStates returns what the namespaces' folders say that an earlier agent of this boot left.
 func leftStates(dir string) (map[event.MountNS]stateFile, error) {
 	left := make(map[event.MountNS]stateFile)

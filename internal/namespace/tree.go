@@ -172,11 +172,6 @@ func (t *Tree) startNative(ctx context.Context, ns event.MountNS) error {
 	return t.readRecordedLosses(s.list)
 }
 
-func (t *Tree) nsDir() string { return nsDir(t.config.Dir) }
-
-// nsDir is the folder of the namespaces' folders in a boot's.
-func nsDir(boot string) string { return filepath.Join(boot, "ns") }
-
 // initNamespace returns the mount namespace of process 1 of the initial pid namespace.
 func initNamespace(tasks []event.Task) event.MountNS {
 	for _, task := range tasks {
