@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.tools/bin:$(PATH)
 DEPS    := tools/setup/deps.sh
 GOBUILD := CGO_ENABLED=0 go build -trimpath
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
-PURE    := $(addprefix ./internal/,ima policy event imalog verify)
+PURE    := $(addprefix ./internal/,ima policy event imalog binding verify)
 KERNEL  ?=
 RUN     ?=
 SHORT   ?=

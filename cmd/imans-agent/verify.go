@@ -8,10 +8,10 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
+	"imans.dev/imans-agent/internal/binding"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/namespace"
@@ -22,7 +22,7 @@ import (
 // verifyOptions is where the PCR values come from.
 type verifyOptions struct {
 	bank, pcr10, tpm, ns, runDir string
-	pcrFile                      string
+	pcrFile, akName              string
 	pcrs                         []string
 	asJSON                       bool
 }
@@ -36,12 +36,15 @@ func newVerify() *cobra.Command {
 of it, what is only claimed, and where it breaks. Without values it checks the list against itself only.
 A folder is that of an ended namespace in the archive: its list, with its values unless others are given.
 Whoever gives the values vouches for them: take them from a quote that was checked, or from the TPM itself.
+A native list also tells which vTPMs the namespaces' lists were given. With --ak-name the list verifies only if it vouches for the
+vTPM of that attestation key and does not say that it has ended.
 
 Exit status 1 means that the list does not verify.`,
 		Example: `  imans-agent verify list --ns 4026532281
   imans-agent verify list --tpm /dev/tpmrm0
   imans-agent verify list --pcr10 9c01…
-  imans-agent verify list --pcr 11=sha256:9c01…`,
+  imans-agent verify list --pcr 11=sha256:9c01…
+  imans-agent verify native-list --tpm /dev/tpmrm0 --ak-name 000b5e1f…`,
 		Args: exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return o.run(cmd, args[0]) },
 	}
@@ -52,6 +55,7 @@ Exit status 1 means that the list does not verify.`,
 	f.StringArrayVar(&o.pcrs, "pcr", nil, "value of a PCR, as NUMBER=ALGORITHM:HEX; may be repeated")
 	f.StringVar(&o.tpm, "tpm", "", "read the values from this TPM: a device, unix:PATH or tcp:HOST:PORT")
 	f.StringVar(&o.ns, "ns", "", "ask the running agent for the values of this namespace's TPM")
+	f.StringVar(&o.akName, "ak-name", "", "TPM Name, in hexadecimal, of the attestation key of a vTPM that the list must vouch for")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	addRunDir(cmd, &o.runDir)
 	return cmd
@@ -61,6 +65,10 @@ func (o verifyOptions) run(cmd *cobra.Command, path string) error {
 	bank, ok := ima.HashAlgoByName(o.bank)
 	if !ok {
 		return usageError{fmt.Errorf("--bank %s: want sha1, sha256, sha384 or sha512", o.bank)}
+	}
+	ak, err := o.ak()
+	if err != nil {
+		return err
 	}
 	if st, err := os.Stat(path); err == nil && st.IsDir() {
 		if !o.valuesGiven() {
@@ -73,7 +81,7 @@ func (o verifyOptions) run(cmd *cobra.Command, path string) error {
 		return usageError{err}
 	}
 	defer file.Close()
-	values, err := o.values(cmd.Context(), file, bank)
+	values, trust, err := o.values(cmd.Context(), file, bank)
 	if err != nil {
 		return err
 	}
@@ -84,20 +92,28 @@ func (o verifyOptions) run(cmd *cobra.Command, path string) error {
 	if err != nil {
 		return err
 	}
+	v := verdict{Result: result, valuesGiven: len(values) > 0, trust: trust, ak: ak}
 	if o.asJSON {
-		err = printJSON(cmd, jsonResult(result, len(values) > 0))
+		err = printJSON(cmd, v.json())
 	} else {
-		err = printResult(cmd, result, len(values) > 0)
+		err = v.print(cmd)
 	}
-	if err == nil && !verifies(result, len(values) > 0) {
+	if err == nil && !v.ok() {
 		return errBad
 	}
 	return err
 }
 
-// verifies is the one bit of the exit status: nothing is broken, and given values prove at least an entry.
-func verifies(r verify.Result, valuesGiven bool) bool {
-	return r.Err() == nil && r.Entries > 0 && (!valuesGiven || r.Proven.Entries > 0)
+// ak is the attestation key that the list must vouch for; none: any list will do.
+func (o verifyOptions) ak() (binding.Name, error) {
+	if o.akName == "" {
+		return "", nil
+	}
+	ak, err := binding.ParseName(o.akName)
+	if err != nil {
+		return "", usageError{fmt.Errorf("--ak-name: %w; it is what tpm2_readpublic prints as name", err)}
+	}
+	return ak, nil
 }
 
 // valuesGiven reports whether a flag says where PCR values are.
@@ -122,20 +138,20 @@ func (v pcrValues) add(pcr int, d ima.Digest) {
 	v[pcr][d.Algo()] = d
 }
 
-// values collects the PCR values from wherever the flags say.
-func (o verifyOptions) values(ctx context.Context, file io.Reader, bank ima.HashAlgo) (pcrValues, error) {
-	values := make(pcrValues)
+// values collects the PCR values from wherever the flags say. trust is what stands behind those of the agent.
+func (o verifyOptions) values(ctx context.Context, file io.Reader, bank ima.HashAlgo) (values pcrValues, trust trust, err error) {
+	values = make(pcrValues)
 	if o.pcr10 != "" {
 		name, ok := map[int]string{40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}[len(o.pcr10)]
 		if !ok {
-			return nil, usageError{fmt.Errorf("--pcr10: %d digits are no digest of a bank; want 40, 64, 96 or 128", len(o.pcr10))}
+			return nil, "", usageError{fmt.Errorf("--pcr10: %d digits are no digest of a bank; want 40, 64, 96 or 128", len(o.pcr10))}
 		}
 		o.pcrs = append(o.pcrs, "10="+name+":"+o.pcr10)
 	}
 	if o.pcrFile != "" {
 		text, err := os.ReadFile(o.pcrFile)
 		if err != nil {
-			return nil, usageError{err}
+			return nil, "", usageError{err}
 		}
 		o.pcrs = append(o.pcrs, strings.Fields(string(text))...)
 	}
@@ -143,31 +159,32 @@ func (o verifyOptions) values(ctx context.Context, file io.Reader, bank ima.Hash
 		number, text, _ := strings.Cut(p, "=")
 		pcr, err := strconv.Atoi(number)
 		if err != nil {
-			return nil, usageError{fmt.Errorf("--pcr %s: want NUMBER=ALGORITHM:HEX", p)}
+			return nil, "", usageError{fmt.Errorf("--pcr %s: want NUMBER=ALGORITHM:HEX", p)}
 		}
 		d, err := ima.ParseDigest(text)
 		if err != nil {
-			return nil, usageError{fmt.Errorf("--pcr %s: %w", p, err)}
+			return nil, "", usageError{fmt.Errorf("--pcr %s: %w", p, err)}
 		}
 		values.add(pcr, d)
 	}
 	if o.ns != "" {
 		p, err := client(o.runDir).PCRs(ctx, o.ns)
 		if err != nil {
-			return nil, err
+			return nil, "", err
 		}
+		trust = trustIn(p.Software)
 		for _, text := range p.Values {
 			d, err := ima.ParseDigest(text)
 			if err != nil {
-				return nil, fmt.Errorf("read the agent's answer: %w", err)
+				return nil, "", fmt.Errorf("read the agent's answer: %w", err)
 			}
 			values.add(p.PCR, d)
 		}
 	}
 	if o.tpm == "" {
-		return values, nil
+		return values, trust, nil
 	}
-	return values, readTPM(ctx, o.tpm, file, bank, values)
+	return values, trust, readTPM(ctx, o.tpm, file, bank, values)
 }
 
 // readTPM reads every register that the list extends.
@@ -199,68 +216,4 @@ func listPCRs(file io.Reader, bank ima.HashAlgo) map[int]bool {
 		}
 		pcrs[e.PCR()] = true
 	}
-}
-
-func printResult(cmd *cobra.Command, r verify.Result, valuesGiven bool) error {
-	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
-	row := func(name, format string, args ...any) { fmt.Fprintf(w, name+"\t"+format+"\n", args...) }
-	row("entries", "%d, %d of them violations", r.Entries, r.Violations)
-	row("boot aggregate", "%v", r.BootAggregate)
-	for _, v := range r.Computed {
-		row("replays to", "PCR %d %v", v.PCR, v.Value)
-	}
-	switch {
-	case !valuesGiven:
-		row("proven", "nothing: no PCR values given (--tpm, --ns, --pcr10)")
-	case !r.Proven.Matched:
-		row("proven", "nothing: no beginning of the list leads to the given PCR values")
-	default:
-		row("proven", "%d entries, %d of them violations, by the given PCR values", r.Proven.Entries, r.Proven.Violations)
-		row("only claimed", "%d entries behind those, %d of other PCRs", r.Claimed.Trailing, r.Claimed.Uncovered)
-	}
-	for _, b := range r.Broken {
-		row("BROKEN", "%v", b)
-	}
-	if r.BrokenMore > 0 {
-		row("BROKEN", "and %d more", r.BrokenMore)
-	}
-	if verifies(r, valuesGiven) {
-		row("verdict", "ok")
-	} else {
-		row("verdict", "BAD")
-	}
-	return w.Flush()
-}
-
-// resultJSON is a verify.Result for programs.
-type resultJSON struct {
-	OK            bool         `json:"ok"`
-	Entries       int          `json:"entries"`
-	Violations    int          `json:"violations"`
-	BootAggregate string       `json:"boot_aggregate"`
-	Computed      []string     `json:"computed"` // PCR=ALGORITHM:HEX
-	Proven        int          `json:"proven"`
-	Claimed       int          `json:"claimed"`
-	Broken        []brokenJSON `json:"broken"`
-}
-
-type brokenJSON struct {
-	Kind   string `json:"kind"`
-	Entry  int    `json:"entry"`
-	Offset int64  `json:"offset"`
-	Reason string `json:"reason"`
-}
-
-func jsonResult(r verify.Result, valuesGiven bool) resultJSON {
-	j := resultJSON{
-		OK: verifies(r, valuesGiven), Entries: r.Entries, Violations: r.Violations, BootAggregate: r.BootAggregate.String(),
-		Proven: r.Proven.Entries, Claimed: r.Entries - r.Proven.Entries, Computed: []string{}, Broken: []brokenJSON{},
-	}
-	for _, v := range r.Computed {
-		j.Computed = append(j.Computed, fmt.Sprintf("%d=%v", v.PCR, v.Value))
-	}
-	for _, b := range r.Broken {
-		j.Broken = append(j.Broken, brokenJSON{b.Kind.String(), b.Entry, b.Offset, b.Reason})
-	}
-	return j
 }

@@ -8,6 +8,7 @@ import (
 	"go.uber.org/zap"
 
 	"imans.dev/imans-agent/internal/loader"
+	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/vtpm"
 )
 
@@ -30,10 +31,16 @@ func Unload(c Config) error {
 	if err != nil {
 		return err
 	}
-	var errs []error
+	left, err := namespace.LeftAttached(dir)
+	if err != nil {
+		return err
+	}
 	for _, folder := range folders {
-		socket := filepath.Join(c.RunDir, "tpm", filepath.Base(filepath.Dir(folder)))
-		i, err := vtpm.Adopt(vtpm.Config{Dir: folder, Socket: socket})
+		left = append(left, vtpm.Config{Dir: folder, Socket: filepath.Join(c.RunDir, "tpm", filepath.Base(filepath.Dir(folder)))})
+	}
+	var errs []error
+	for _, config := range left {
+		i, err := vtpm.Adopt(config)
 		if errors.Is(err, vtpm.ErrLost) || errors.Is(err, os.ErrNotExist) {
 			continue
 		}

@@ -52,8 +52,9 @@ type Status struct {
 
 // PCRs is one register in each bank.
 type PCRs struct {
-	PCR    int      `json:"pcr"`
-	Values []string `json:"values"` // ALGORITHM:HEX
+	PCR      int      `json:"pcr"`
+	Values   []string `json:"values"`   // ALGORITHM:HEX
+	Software bool     `json:"software"` // the TPM is a vTPM, as honest as its host
 }
 
 // Entry is one entry of a list, as JSON has it.
@@ -192,7 +193,7 @@ func (s *Server) pcrs(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, http.StatusServiceUnavailable, err)
 		return
 	}
-	answer := PCRs{PCR: v.Info.PCR}
+	answer := PCRs{PCR: v.Info.PCR, Software: v.Info.Software}
 	for _, d := range values {
 		answer.Values = append(answer.Values, d.String())
 	}

@@ -119,6 +119,17 @@ func NewDigest(a HashAlgo, sum []byte) (Digest, error) {
 // ZeroDigest returns the all-zero digest of an algorithm, which IMA writes for a violation.
 func ZeroDigest(a HashAlgo) Digest { return Digest{algo: a, size: uint8(a.Size())} }
 
+// Sum returns the digest of bytes. It is an error if this program can't compute the algorithm.
+func Sum(a HashAlgo, b []byte) (Digest, error) {
+	hash, ok := a.Hash()
+	if !ok {
+		return Digest{}, fmt.Errorf("digest: %s can't be computed here; choose sha256", a)
+	}
+	h := hash.New()
+	h.Write(b)
+	return NewDigest(a, h.Sum(nil))
+}
+
 // ParseDigest reads "sha256:HEX".
 func ParseDigest(s string) (Digest, error) {
 	name, hexSum, ok := strings.Cut(s, ":")

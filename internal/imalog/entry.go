@@ -39,6 +39,20 @@ func NewViolation(pcr int, templateName string, v FieldValues) (*Entry, error) {
 	return newEntry(pcr, templateName, &v, true)
 }
 
+// NewBuffer makes the entry of critical data: template ima-buf, whatever the list's own is, with the buffer itself and its digest. It
+// is named by the event; the label, by which a policy chooses, is in no entry. It fails if there is no buffer or its digest can't be
+// computed. Source: ima_measure_critical_data and process_buffer_measurement in security/integrity/ima/ima_main.c.
+func NewBuffer(pcr int, event string, algo ima.HashAlgo, buf []byte) (*Entry, error) {
+	if len(buf) == 0 {
+		return nil, fmt.Errorf("make entry of %q: no buffer", event)
+	}
+	d, err := ima.Sum(algo, buf)
+	if err != nil {
+		return nil, fmt.Errorf("make entry of %q: %w", event, err)
+	}
+	return NewEntry(pcr, Buf, FieldValues{Digest: d, Name: event, Buf: buf})
+}
+
 // BootAggregate makes a list's first entry, from the digest of PCRs 0 to 7 (SHA-1) or 0 to 9 of the list's own TPM.
 func BootAggregate(pcr int, templateName string, d ima.Digest) (*Entry, error) {
 	return newEntry(pcr, templateName, &FieldValues{Digest: d, Name: BootAggregateName}, false)

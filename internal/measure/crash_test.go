@@ -299,6 +299,84 @@ func TestCrashInRecovery(t *testing.T) {
 	}
 }
 
+// anchoredLife is a life in which the list, with entries in its old TPM, goes over to another.
+func (b *bench) anchoredLife(old *bench, m *machine, entries []*imalog.Entry, loseUnsynced bool) (acknowledged []string) {
+	b.t.Helper()
+	c := old.config()
+	var file *mortalFile
+	c.OpenFile = func(path string) (File, error) {
+		f, err := newMachine(0, "").open(path)
+		file = f.(*mortalFile)
+		return f, err
+	}
+	l, _ := old.open(c)
+	n := len(entries) / 2
+	for _, e := range entries[:n] {
+		await(b.t, l.Append(e).Extended)
+		acknowledged = append(acknowledged, e.Name())
+	}
+	file.m = m // from here on it can die
+	finished := make(chan struct{})
+	go func() {
+		select {
+		case <-m.died:
+			l.mu.Lock()
+			l.end(errCrash)
+			l.mu.Unlock()
+		case <-finished:
+		}
+	}()
+	l.Append(entries[n])
+	if _, err := l.Anchor(b.t.Context(), &mortalTPM{b.tpm, m}); err != nil && !m.dead() {
+		b.t.Fatal(err)
+	}
+	for _, e := range entries[n:] {
+		if l.Append(e).Extended(b.t.Context()) == nil {
+			acknowledged = append(acknowledged, e.Name())
+		}
+	}
+	close(finished)
+	l.Close()
+	if m.dead() && loseUnsynced {
+		if err := os.Truncate(filepath.Join(b.dir, LogName), file.synced); err != nil {
+			b.t.Fatal(err)
+		}
+	}
+	return acknowledged
+}
+
+// TestCrashWhileAnchoring kills the agent at each step of I/O from the call on; then the ordinary start path with the new TPM, to
+// which all events come again; then the oracle on the new TPM.
+func TestCrashWhileAnchoring(t *testing.T) {
+	met := make(map[string]int)
+	for at := 1; met[""] == 0; at++ {
+		for _, how := range []string{lost, half, done} {
+			for _, loseUnsynced := range []bool{false, true} {
+				old := newBench(t)
+				b := old.another()
+				entries := someEntries(t)
+				m := newMachine(at, how)
+				acknowledged := b.anchoredLife(old, m, entries, loseUnsynced)
+				met[m.name]++
+				if rest := b.life(newMachine(0, ""), entries, false); len(rest) != len(entries) {
+					t.Errorf("after the restart only %v were acknowledged", rest)
+				}
+				b.judge(entries, acknowledged)
+				old.swtpm.Kill()
+				b.swtpm.Kill()
+				if t.Failed() {
+					t.Fatalf("the agent died at step %d, %q, %s, unsynced lost %v", at, m.name, how, loseUnsynced)
+				}
+			}
+		}
+	}
+	for _, step := range []string{"write", "sync", "extend"} {
+		if met[step] == 0 {
+			t.Errorf("step %s was never met", step)
+		}
+	}
+}
+
 func entryOf(t testing.TB, pcr int, name string) *imalog.Entry {
 	t.Helper()
 	e, err := imalog.NewEntry(pcr, imalog.NG, imalog.FieldValues{Digest: ima.ZeroDigest(ima.SHA256), Name: name})

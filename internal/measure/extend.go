@@ -21,10 +21,13 @@ const aheadMax = 64
 // extender sends what is logged to the TPM, in order. One goroutine, the only one that extends for the list, owns it. It reads
 // the entries back from the log, whether they were logged a moment ago or before a crash.
 type extender struct {
-	list  *List
-	tpm   TPM
-	banks []ima.HashAlgo
-	known map[int]bool // registers that hold nothing but this list's entries
+	list    *List
+	tpm     TPM // nil: none
+	banks   []ima.HashAlgo
+	known   map[int]bool    // registers that hold nothing but this list's entries
+	running context.Context // of the goroutine
+	ctx     context.Context // of TPM commands; Anchor may cancel it
+	move    *move           // another TPM, taken and not gone over to yet
 
 	// Of fill, which runs beside the extending, never twice at a time.
 	at     int64          // of the first entry that is not prepared, in the log
@@ -48,9 +51,41 @@ type prepared struct {
 	digests []ima.Digest
 }
 
-// run extends until the list ends. The TPM need not wait for the next entries' digests: they are computed while it works.
+// run extends, in one TPM after the other, until the list ends.
 func (x *extender) run(ctx context.Context) {
-	for x.await(ctx) {
+	x.running = ctx
+	x.renew()
+	var err error
+	if x.list.config.Late != nil {
+		err = x.awaitLate()
+	}
+	for {
+		if err == nil {
+			err = x.extend()
+		}
+		switch {
+		case errors.Is(err, errMoved):
+			x.goOver()
+			err = nil
+		case errors.Is(err, ErrClosed):
+			return // the next Open extends what is left
+		default:
+			x.list.fail(fmt.Errorf("extend list: %w", err))
+			return
+		}
+	}
+}
+
+// extend extends what is logged. The TPM need not wait for the next entries' digests: they are computed while it works. It always
+// returns an error: errMoved, ErrClosed, or one that ends the list.
+func (x *extender) extend() error {
+	if x.tpm == nil {
+		return pause[struct{}](x, nil)
+	}
+	for {
+		if err := x.await(); err != nil {
+			return err
+		}
 		x.fill(&x.next)
 		if x.next.n == 0 && x.next.err == nil {
 			x.next.err = io.ErrUnexpectedEOF // what is logged is no longer there
@@ -62,32 +97,26 @@ func (x *extender) run(ctx context.Context) {
 				defer close(filled)
 				x.fill(&x.next)
 			}()
-			err := x.extendAll(ctx, &x.now)
+			err := x.extendAll(&x.now)
 			<-filled
-			if errors.Is(err, ErrClosed) {
-				return // the next Open extends what is left
-			}
 			if err != nil {
-				x.list.fail(fmt.Errorf("extend list: %w", err))
-				return
+				return err
 			}
 		}
 	}
 }
 
-// await waits until there is something to extend; false: the list has ended.
-func (x *extender) await(ctx context.Context) bool {
-	l, next := x.list, x.list.extended.n+1
+// await waits until there is something to extend. After a while its buffers are let go.
+func (x *extender) await() error {
+	next := x.list.extended.n + 1
 	if x.reader != nil {
-		idle, cancel := context.WithTimeout(ctx, idleAfter)
-		err := l.await(idle, &l.logged, next)
-		cancel()
-		if err == nil {
-			return !l.hasEnded()
+		err := x.awaitLogged(next, time.After(idleAfter))
+		if !errors.Is(err, errIdle) {
+			return err
 		}
 		x.reader, x.now, x.next = nil, ahead{}, ahead{}
 	}
-	return l.await(ctx, &l.logged, next) == nil && !l.hasEnded()
+	return x.awaitLogged(next, nil)
 }
 
 // fill prepares what is logged and not prepared yet, as far as there is room.
@@ -117,14 +146,14 @@ func (x *extender) fill(a *ahead) {
 	}
 }
 
-// extendAll extends what was prepared. Errors: those of extendEntry, and what came behind the last entry.
-func (x *extender) extendAll(ctx context.Context, a *ahead) error {
+// extendAll extends what was prepared. Errors: those of extendEntry, errMoved, and what came behind the last entry.
+func (x *extender) extendAll(a *ahead) error {
 	l := x.list
 	for i := range a.items[:a.n] {
-		if l.hasEnded() {
-			return ErrClosed
+		if err := x.interrupted(); err != nil {
+			return err
 		}
-		if err := x.extendEntry(ctx, &a.items[i]); err != nil {
+		if err := x.extendEntry(&a.items[i]); err != nil {
 			return err
 		}
 		l.mu.Lock()
@@ -134,17 +163,17 @@ func (x *extender) extendAll(ctx context.Context, a *ahead) error {
 	return a.err
 }
 
-// extendEntry extends an entry, however long the TPM takes to come back. Errors: ErrClosed, ErrForeign, ErrDiverged.
-func (x *extender) extendEntry(ctx context.Context, p *prepared) error {
+// extendEntry extends an entry, however long the TPM takes to come back. Errors: ErrClosed, errMoved, ErrForeign, ErrDiverged.
+func (x *extender) extendEntry(p *prepared) error {
 	pcr := p.entry.PCR()
 	if !x.known[pcr] {
-		if err := x.claim(ctx, pcr); err != nil {
+		if err := x.claim(pcr); err != nil {
 			return err
 		}
 	}
-	err := x.tpm.Extend(ctx, pcr, p.digests)
+	err := x.tpm.Extend(x.ctx, pcr, p.digests)
 	if err != nil {
-		return x.persist(ctx, p, err)
+		return x.persist(p, err)
 	}
 	// Commit point: before this line a crash leaves the entry logged, and extended or not; Open finds out from the register.
 	return nil
@@ -169,40 +198,48 @@ func (x *extender) setDigests(p *prepared) error {
 }
 
 // claim makes sure, before the first entry for a register, that nothing else has extended it: it would never replay.
-func (x *extender) claim(ctx context.Context, pcr int) error {
-	for pause := firstPause; ; pause = min(2*pause, longestPause) {
-		held, err := x.tpm.ReadPCR(ctx, pcr)
+func (x *extender) claim(pcr int) error {
+	return x.untilAnswered(func() error {
+		held, err := x.tpm.ReadPCR(x.ctx, pcr)
 		switch {
 		case err == nil && !allZero(held):
 			return foreign(pcr, held)
 		case err == nil:
 			x.known[pcr] = true
-			return nil
 		}
-		x.list.trouble(&x.list.tpmTrouble, err, "the TPM can't be read, waiting; nothing is lost")
-		if !x.list.pause(pause) {
-			return ErrClosed
+		return err
+	})
+}
+
+// untilAnswered asks the TPM until it answers. Errors: ErrClosed, errMoved, ErrForeign.
+func (x *extender) untilAnswered(ask func() error) error {
+	l := x.list
+	for wait := firstPause; ; wait = min(2*wait, longestPause) {
+		err := ask()
+		if err == nil || errors.Is(err, ErrForeign) {
+			return err
 		}
-		if x.tpm.Reopen(ctx) == nil {
-			x.list.trouble(&x.list.tpmTrouble, nil, "the TPM is back")
+		l.trouble(&l.tpmTrouble, err, "the TPM can't be read, waiting; nothing is lost")
+		if err := pause(x, time.After(wait)); err != nil {
+			return err
+		}
+		if x.tpm.Reopen(x.ctx) == nil {
+			l.trouble(&l.tpmTrouble, nil, "the TPM is back")
 		}
 	}
 }
 
 // persist goes on after an Extend whose outcome is not known: it connects again, finds out from the registers whether the
 // command was carried out, and sends it again if it was not, until it is done.
-func (x *extender) persist(ctx context.Context, p *prepared, err error) error {
+func (x *extender) persist(p *prepared, err error) error {
 	l := x.list
 	var around *surroundings
-	for pause := firstPause; err != nil; pause = min(2*pause, longestPause) {
-		if ctx.Err() != nil {
-			return ErrClosed
-		}
+	for wait := firstPause; err != nil; wait = min(2*wait, longestPause) {
 		l.trouble(&l.tpmTrouble, err, "the TPM does not extend, waiting; nothing is lost")
-		if !l.pause(pause) {
-			return ErrClosed
+		if err := pause(x, time.After(wait)); err != nil {
+			return err
 		}
-		if err = x.tpm.Reopen(ctx); err != nil {
+		if err = x.tpm.Reopen(x.ctx); err != nil {
 			continue
 		}
 		if around == nil {
@@ -211,11 +248,11 @@ func (x *extender) persist(ctx context.Context, p *prepared, err error) error {
 			}
 		}
 		var done bool
-		if done, err = around.extended(ctx, x.tpm); errors.Is(err, ErrDiverged) {
+		if done, err = around.extended(x.ctx, x.tpm); errors.Is(err, ErrDiverged) {
 			return fmt.Errorf("entry %d (%q): %w", l.extended.n, p.entry.Name(), err)
 		}
 		if err == nil && !done {
-			err = x.tpm.Extend(ctx, p.entry.PCR(), p.digests)
+			err = x.tpm.Extend(x.ctx, p.entry.PCR(), p.digests)
 		}
 	}
 	l.trouble(&l.tpmTrouble, nil, "the TPM is back, extending resumed")

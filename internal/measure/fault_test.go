@@ -87,6 +87,16 @@ func (t *faultyTPM) Extend(ctx context.Context, pcr int, digests []ima.Digest) e
 	return t.faults.step("extend", func() error { return t.TPM.Extend(ctx, pcr, digests) })
 }
 
+func (t *faultyTPM) ReadPCR(ctx context.Context, pcr int) (held map[ima.HashAlgo]ima.Digest, err error) {
+	err = t.faults.step("read", func() (err error) { held, err = t.TPM.ReadPCR(ctx, pcr); return err })
+	return held, err
+}
+
+func (t *faultyTPM) BootAggregate(ctx context.Context, bank ima.HashAlgo) (d ima.Digest, err error) {
+	err = t.faults.step("boot_aggregate", func() (err error) { d, err = t.TPM.BootAggregate(ctx, bank); return err })
+	return d, err
+}
+
 func (t *faultyTPM) Reopen(ctx context.Context) error {
 	return t.faults.step("reopen", func() error { return t.TPM.Reopen(ctx) })
 }
@@ -123,6 +133,82 @@ func TestEachStepLostOrUnacknowledged(t *testing.T) {
 			})
 		}
 	}
+}
+
+// Each step of going over to another TPM, failed and lost or done and unacknowledged; then the ordinary start path with the new
+// TPM; then the oracle. What is looked at beforehand fails the call alone: nothing has changed then.
+func TestEachStepOfAnchorLostOrUnacknowledged(t *testing.T) {
+	for _, step := range []string{"boot_aggregate", "read", "extend", "reopen", "write", "sync"} {
+		for _, done := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/done=%v", step, done), func(t *testing.T) {
+				anchorWithFault(t, step, done)
+			})
+		}
+	}
+}
+
+func anchorWithFault(t *testing.T, step string, done bool) {
+	old := newBench(t)
+	f := &faults{failures: map[string]int{}, done: done}
+	c := old.config()
+	c.OpenFile = f.open
+	l, _ := old.open(c)
+	for i := range 3 {
+		l.Append(entry(t, i))
+	}
+	await(t, l.Settle)
+	b := old.another()
+	faulty := &faultyTPM{b.tpm, f}
+	f.fail(step, 1)
+	if step == "boot_aggregate" || step == "read" {
+		before := b.registersNow()
+		if _, err := l.Anchor(t.Context(), faulty); err == nil || errors.Is(err, ErrForeign) {
+			t.Fatalf("anchor: %v", err)
+		}
+		await(t, l.Append(entry(t, 3)).Extended)
+		old.check()
+		if after := b.registersNow(); after != before {
+			t.Errorf("the TPM that failed went from\n%s to\n%s", before, after)
+		}
+	}
+	if step == "reopen" {
+		f.fail("extend", 1)
+	}
+	anchor(t, l, faulty)
+	l.Append(entry(t, 3))
+	await(t, l.Append(entry(t, 4)).Extended)
+	if f.left(step) != 0 {
+		t.Fatal("the step was never met")
+	}
+	l.Close()
+
+	l, r := b.open(b.config())
+	if r.Unextended != 0 {
+		t.Errorf("recovered %+v", r)
+	}
+	await(t, l.Append(entry(t, 4)).Extended)
+	await(t, l.Append(entry(t, 5)).Extended)
+	l.Close()
+	if names := b.check(); len(names) != 7 {
+		t.Errorf("entries %v, want each once", names)
+	}
+}
+
+// TestClaimAfterAnchorFalters: the new TPM stops answering after it was looked at, and comes back.
+func TestClaimAfterAnchorFalters(t *testing.T) {
+	old := newBench(t)
+	l, _ := old.open(old.config())
+	defer l.Close()
+	b := old.another()
+	f := &faults{failures: map[string]int{}}
+	anchor(t, l, &faultyTPM{b.tpm, f})
+	await(t, l.Settle)
+	f.fail("read", 2)
+	await(t, l.Append(entryOf(t, 11, "/bin/other-register")).Extended)
+	if f.left("read") != 0 {
+		t.Error("the register was not looked at")
+	}
+	b.check()
 }
 
 // everyNth loses the connection at each n-th extend, carried out or not in turn.

@@ -10,7 +10,8 @@
 // The extender always reads what it extends back from the log: that is the same path in everyday work and after a crash.
 //
 // A list need not wait for its TPM: with Late it begins, or goes on, while the TPM is being started. Everything is logged meanwhile,
-// and extended from the first entry on when the TPM is there; its registers are looked at before.
+// and extended from the first entry on when the TPM is there; its registers are looked at before. Nor need it keep its TPM: Anchor
+// takes it over to another that has just been started, Detach away from the one it has.
 //
 // An entry with the same template data and PCR as an earlier one is not appended again; violations always are. As in the
 // kernel, append comes before extend. Source: security/integrity/ima/ima_queue.c, ima_add_template_entry.
@@ -88,7 +89,7 @@ type Config struct {
 	OpenFile func(path string) (File, error) // nil: the file itself
 }
 
-// List is one measurement list. Append is for one goroutine; everything else for any.
+// List is one measurement list. Its methods are for any goroutine.
 type List struct {
 	config Config
 	log    *zap.Logger
@@ -96,12 +97,14 @@ type List struct {
 	cancel context.CancelFunc // ends a TPM command under way
 	done   sync.WaitGroup     // the writer and the extender
 	ended  chan struct{}      // closed when endErr is set
+	moves  chan *move         // taken by the extender
 
 	mu         sync.Mutex // guards what follows
 	endErr     error      // ErrClosed, or fatal
 	fatal      error
 	violations int // handed in
 	ids        bitmap
+	pcrs       uint32 // a bit for each register that an entry handed in names
 
 	// Added to by Append, taken by the writer.
 	accepted    mark // entries handed in
@@ -123,7 +126,8 @@ type List struct {
 	// Written by the extender.
 	extended   mark
 	tpmTrouble error
-	tpm        TPM // nil: none, or not yet
+	tpm        TPM                // nil: none, or not yet
+	interrupt  context.CancelFunc // of the TPM command under way
 }
 
 // pendingMax bounds the memory that entries may take while the disk is full. Then Append waits, its caller stops taking events
@@ -135,7 +139,7 @@ const recentMax = 256
 
 // Open recovers the list in the folder, or begins it. Errors: ErrAltered, ErrDiverged, ErrForeign, with numbers and what to do;
 // then neither log nor TPM was changed. durable.ErrLocked: another process has it open. The context is for opening only. The
-// list owns two goroutines, a writer and (with a TPM) an extender, that end with Close; the extender has a helper while it extends.
+// list owns two goroutines, a writer and an extender, that end with Close; the extender has a helper while it extends.
 func Open(ctx context.Context, c Config) (*List, Recovery, error) {
 	if c.OpenFile == nil {
 		c.OpenFile = func(path string) (File, error) { return durable.OpenLog(path) }
@@ -146,9 +150,10 @@ func Open(ctx context.Context, c Config) (*List, Recovery, error) {
 		return nil, Recovery{}, fmt.Errorf("open list: %w", err)
 	}
 	l := &List{
-		config: c, log: c.Log.With(zap.String("log", path)), file: file, ended: make(chan struct{}),
+		config: c, log: c.Log.With(zap.String("log", path)), file: file, ended: make(chan struct{}), moves: make(chan *move),
 		recent: make(map[uint32]int), pendingMax: pendingMax, tpm: c.TPM,
 	}
+	l.extended.off = c.TPM == nil && c.Late == nil
 	recovery, x, err := l.recover(ctx)
 	var first *imalog.Entry
 	if err == nil && l.logged.n == 0 {
@@ -161,12 +166,7 @@ func Open(ctx context.Context, c Config) (*List, Recovery, error) {
 	var running context.Context
 	running, l.cancel = context.WithCancel(context.Background())
 	l.done.Go(l.write)
-	switch {
-	case c.Late != nil:
-		l.done.Go(func() { l.extendLate(running) })
-	case x != nil:
-		l.done.Go(func() { x.run(running) })
-	}
+	l.done.Go(func() { x.run(running) })
 	if first != nil {
 		l.Append(first)
 	}
@@ -188,8 +188,8 @@ func (l *List) bootAggregate(ctx context.Context) (*imalog.Entry, error) {
 	return imalog.BootAggregate(l.config.PCR, l.config.Template, d)
 }
 
-// Append hands an entry in. A duplicate is not appended; its Receipt is the first one's. For one goroutine. It waits only while
-// the disk is full and too much is pending.
+// Append hands an entry in. A duplicate is not appended; its Receipt is the first one's. Entries of several goroutines come in some
+// order, those of one in its own. It waits only while the disk is full and too much is pending.
 func (l *List) Append(e *imalog.Entry) Receipt {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -217,6 +217,7 @@ func (l *List) Append(e *imalog.Entry) Receipt {
 		}
 		l.recent[id] = l.accepted.n + 1
 	}
+	l.pcrs |= 1 << e.PCR()
 	l.pending = e.AppendBinary(l.pending, ima.SHA1)
 	l.pendingEnds = append(l.pendingEnds, int64(len(l.pending)))
 	l.accepted.advance(l.accepted.n + 1)

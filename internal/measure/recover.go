@@ -83,7 +83,7 @@ func (l *List) recover(ctx context.Context) (Recovery, *extender, error) {
 	}
 	recovery := Recovery{Entries: l.logged.n, CutBytes: cut}
 	l.accepted.n, l.unrecent = l.logged.n, l.logged.n
-	var x *extender
+	x := &extender{list: l}
 	if m != nil {
 		if err := m.judge(l.logged.n, l.config.PCR); err != nil {
 			return recovery, nil, err
@@ -129,6 +129,7 @@ func (l *List) scan(ctx context.Context, m *matcher) (cut int64, err error) {
 		} else {
 			l.config.Store.add(&l.ids, keyOf(&e))
 		}
+		l.pcrs |= 1 << e.PCR()
 		l.noteLogged(r.End())
 		if m != nil {
 			if err := m.add(ctx, &e, r.End()); err != nil {

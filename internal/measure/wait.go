@@ -9,6 +9,7 @@ import (
 // mark is a count that only grows, and the goroutines that wait for it to get somewhere. The list's mutex guards it.
 type mark struct {
 	n       int
+	off     bool      // it will not grow, and nobody is to wait for it
 	waiting []*waiter // by rising n
 }
 
@@ -42,8 +43,9 @@ func (m *mark) wait(n int) *waiter {
 	return w
 }
 
-// release wakes all, though the count will not get there.
+// release begins the count anew and wakes all, though it will not get there.
 func (m *mark) release() {
+	m.n, m.off = 0, true
 	for _, w := range m.waiting {
 		close(w.reached)
 	}
@@ -60,32 +62,44 @@ func (m *mark) forget(w *waiter) {
 // await waits until one of the list's counts is at least n. Errors: what ended the list, if it can't get there any more, or the
 // context's.
 func (l *List) await(ctx context.Context, m *mark, n int) error {
-	l.mu.Lock()
-	if m.n >= n || l.endErr != nil {
-		defer l.mu.Unlock()
-		if m.n >= n {
-			return nil
-		}
-		return l.endErr
+	w, err := l.waiter(m, n)
+	if w == nil {
+		return err
 	}
-	w := m.wait(n)
-	l.mu.Unlock()
 	select {
 	case <-w.reached:
 		return nil
 	case <-l.ended:
 	case <-ctx.Done():
 	}
+	return l.giveUp(m, w, ctx.Err())
+}
+
+// waiter makes one that waits until a count is at least n. None: the wait is over, with that error.
+func (l *List) waiter(m *mark, n int) (*waiter, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case m.n >= n || m.off:
+		return nil, nil
+	case l.endErr != nil:
+		return nil, l.endErr
+	}
+	return m.wait(n), nil
+}
+
+// giveUp ends a wait, and says what came of it: otherwise, if the list goes on.
+func (l *List) giveUp(m *mark, w *waiter, otherwise error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	m.forget(w)
 	switch {
-	case m.n >= n:
+	case m.n >= w.n || m.off:
 		return nil
 	case l.endErr != nil:
 		return l.endErr
 	}
-	return ctx.Err()
+	return otherwise
 }
 
 // pause waits before something is tried again; false: the list ended meanwhile.
@@ -108,6 +122,13 @@ func (l *List) hasEnded() bool {
 	}
 }
 
+// whyEnded returns what ended the list.
+func (l *List) whyEnded() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.endErr
+}
+
 // end makes err what all get who still wait, and what every later Append gets. Only the first call counts. l.mu is held.
 func (l *List) end(err error) {
 	if l.endErr == nil {
@@ -128,12 +149,11 @@ func (r Receipt) Logged(ctx context.Context) error {
 	return r.list.await(ctx, &r.list.logged, r.n)
 }
 
-// Extended waits until the entry is in the TPM; without a TPM, until it is logged. A dead TPM is waited out.
+// Extended waits until the entry is in the TPM; without a TPM, until it is logged. A dead TPM is waited out. If the list goes over to
+// another TPM meanwhile, it is that one.
 func (r Receipt) Extended(ctx context.Context) error {
-	if r.list.anchored() {
-		if err := r.list.await(ctx, &r.list.extended, r.n); err != nil {
-			return err
-		}
+	if err := r.list.await(ctx, &r.list.extended, r.n); err != nil {
+		return err
 	}
 	return r.Logged(ctx) // at once, if it is extended
 }

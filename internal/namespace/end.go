@@ -33,8 +33,11 @@ const settleTimeout = time.Minute
 // archived stays as it is, vTPM included, and the next start tries again. In a goroutine of its own, as it may take long.
 func (t *Tree) finish(ctx context.Context, s *State) {
 	err := t.archive(ctx, s)
+	if err == nil {
+		err = s.endAttached(ctx)
+	}
 	if err != nil {
-		t.log.Error("a namespace was not archived; its state is kept, and the next start tries again",
+		t.log.Error("a namespace was not archived, or not ended in the native list; its state is kept, and the next start tries again",
 			zap.Stringer("ns", s.ns), zap.String("folder", s.dir), zap.Error(err))
 		err = s.close()
 	} else {
@@ -126,6 +129,9 @@ func (s *State) end() error {
 	errs := []error{s.release()}
 	if s.swtpm != nil {
 		errs = append(errs, s.swtpm.Stop())
+	}
+	if s.attached != nil {
+		errs = append(errs, s.attached.remove())
 	}
 	if s.active {
 		errs = append(errs, vtpm.Remove(s.vtpmConfig()), os.RemoveAll(s.dir))

@@ -22,6 +22,7 @@ type Info struct {
 	Entered  int           // processes that came in from outside
 	PCR      int
 	TPM      string // address; "" without one, or before the first entry
+	Software bool   // its TPM, if it has one, is a program
 	Active   bool   // it is an IMA namespace, and does not share its parent's fate
 	Listed   bool   // it has a list
 	Status   measure.Status
@@ -56,6 +57,7 @@ func (s *State) info(depth int) Info {
 	i := Info{
 		NS: s.ns, Parent: s.parentNS(), Depth: depth, Origin: s.origin, Born: s.born, Leader: s.leader, Entered: s.entered,
 		PCR: s.pcr, Active: s.active, Listed: s.list != nil, Rules: len(s.policy.Rules()), Template: s.template, Algo: s.algo, IDs: s.ids,
+		Software: s.parent != nil,
 	}
 	if s.list != nil {
 		i.Status = s.list.Status()

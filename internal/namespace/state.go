@@ -53,7 +53,9 @@ type State struct {
 	requests []request           // for clones that are to be active
 	marks    []event.MeasuredKey // contents that the kernel side was told need no event any more
 	tpm      *tpmext.TPM
-	starting *start // of a vTPM; nil: none was started by this agent
+	starting *start    // of a vTPM; nil: none was started by this agent
+	attached *attached // the vTPM that it was given; nil: none, or one of its own
+	given    uint32    // how many it was given so far
 	root     *digest.Root
 	writers  map[event.Content]bool // contents whose open writers are on record
 
@@ -71,9 +73,17 @@ type stateFile struct {
 	// What was written to it; none: it has the policy for new namespaces.
 	Policy []policy.Part `json:"policy,omitempty"`
 	Own    bool          `json:"own,omitempty"` // it was written to, if only nothing
+
+	Given    uint32        `json:"given,omitempty"` // how many vTPMs it was given
+	Attached *attachedFile `json:"attached,omitempty"`
 }
 
 const stateFileName = "namespace.json"
+
+func (t *Tree) nsDir() string { return nsDir(t.config.Dir) }
+
+// nsDir is the folder of the namespaces' folders in a boot's.
+func nsDir(boot string) string { return filepath.Join(boot, "ns") }
 
 // leftStates returns what the namespaces' folders say that an earlier agent of this boot left.
 func leftStates(dir string) (map[event.MountNS]stateFile, error) {
@@ -115,6 +125,12 @@ func (s *State) restore(f stateFile) error {
 			s.ns, s.dir, f.Hash, f.Template, err)
 	}
 	s.active, s.template, s.algo, s.policy, s.own = true, f.Template, algo, p, f.Own
+	s.given = f.Given
+	if f.Attached != nil {
+		if s.attached, err = f.Attached.restore(); err != nil {
+			return fmt.Errorf("restore namespace %v from %s: its vTPM: %w; move its folder away and restart", s.ns, s.dir, err)
+		}
+	}
 	return nil
 }
 
@@ -155,6 +171,10 @@ func (s *State) description() stateFile {
 	if s.own {
 		f.Own, f.Policy = true, s.policy.Parts()
 	}
+	f.Given = s.given
+	if s.attached != nil {
+		f.Attached = s.attached.file()
+	}
 	return f
 }
 
@@ -165,6 +185,7 @@ func (s *State) parentNS() event.MountNS {
 	return s.parent.ns
 }
 
+// vtpmConfig is that of a vTPM of the namespace's own.
 func (s *State) vtpmConfig() vtpm.Config {
 	return vtpm.Config{
 		Program: s.tree.config.Swtpm, Dir: filepath.Join(s.dir, "tpm"),
@@ -182,6 +203,9 @@ func (s *State) open(ctx context.Context) error {
 	}
 	if err := s.writeRecord(); err != nil {
 		return err
+	}
+	if s.attached != nil {
+		return s.openAttached(ctx)
 	}
 	if s.tree.config.Swtpm == "" {
 		return s.openList(ctx, measure.Config{})

@@ -3,13 +3,14 @@
 // policy.
 //
 // Call New, then Start once with what is alive; then File, Birth, Death, Move and Losses in the order of the records, from one
-// goroutine; List and Find from any. Close lets go of everything and ends nothing: lists and vTPMs are there again at the next
+// goroutine, and Activate, AttachTPM, ReleaseTPM and the like from the same; List and Find from any. Close lets go of everything and ends nothing: lists and vTPMs are there again at the next
 // Start of the same boot.
 //
 // # What is promised
 //
 // A record is through when its Pending is done: its entries are in the logs of all lists concerned, or a violation says why not.
-// A namespace's folder is made before its list begins and removed after its vTPM has ended. Two namespaces are never mixed:
+// A namespace's folder is made before its list begins and removed after its vTPM has ended. The native list names a vTPM that a list
+// was given before that gets an entry, and says its end before it ends. Two namespaces are never mixed:
 // everything is keyed by the kernel's unique id.
 package namespace
 
@@ -170,8 +171,6 @@ func (t *Tree) startNative(ctx context.Context, ns event.MountNS) error {
 	}
 	return t.readRecordedLosses(s.list)
 }
-
-func (t *Tree) nsDir() string { return filepath.Join(t.config.Dir, "ns") }
 
 // initNamespace returns the mount namespace of process 1 of the initial pid namespace.
 func initNamespace(tasks []event.Task) event.MountNS {

@@ -16,6 +16,8 @@
 //  4. It consists of whole entries whose data fits their template.
 //  5. Each entry's template digest is that of its data, or zero, which makes it a violation.
 //  6. It begins with a boot aggregate, which is the expected one if one was given.
+//  7. Each entry that is named as a binding's is one (package binding), its digest that of its buffer; none attaches what was attached
+//     before, or ends what was not attached or has ended.
 //
 // # What it does not
 //
@@ -25,6 +27,10 @@
 // prefix can be older than the values' reader thinks if the values are: freshness is the quote's business. A value that
 // no prefix leads to proves nothing of any entry, and does not tell which entry is wrong; where a template digest
 // disagrees with its data, that does. Whether the measured files are good ones is another question altogether.
+//
+// A binding that is proven says that the agent vouched for a vTPM's keys when it was extended, not that the host was honest. Whether
+// it stands, or an end took it back, is told by what was read of the list: behind the prefix an end is only claimed, and the lack of
+// one is the list's word up to the time of the values.
 //
 // Registers are taken to have begun at zero, so a PCR that something else extended before the list began matches no
 // prefix.

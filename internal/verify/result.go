@@ -20,6 +20,9 @@ type Result struct {
 	// order.
 	Computed []PCRValue
 
+	// Bindings are the vTPMs that the list speaks of, in the order of the entries that attach them.
+	Bindings []Binding
+
 	Proven  Proven
 	Claimed Claimed
 	// Broken is what is wrong, in the order of the list, PCR values last; empty if nothing was found. It holds the first
@@ -78,6 +81,8 @@ const (
 	BootAggregate
 	// PCRMismatch is a given PCR value that no prefix leads to, or not the same prefix as the other values.
 	PCRMismatch
+	// MalformedBinding is an entry in a binding's place that is none, or that contradicts those before it.
+	MalformedBinding
 )
 
 // String returns a word for programs to print.
@@ -93,6 +98,8 @@ func (k Kind) String() string {
 		return "boot-aggregate"
 	case PCRMismatch:
 		return "pcr-mismatch"
+	case MalformedBinding:
+		return "malformed-binding"
 	}
 	return fmt.Sprintf("kind-%d", uint8(k))
 }
@@ -105,7 +112,7 @@ type ReplayError struct {
 	PCR    int          // of the entry, or with the value; -1 if unknown
 	Bank   ima.HashAlgo // of the template digest, or of the value
 	Reason string
-	Err    error // *imalog.CorruptError for Cut and Corrupt, else nil
+	Err    error // *imalog.CorruptError for Cut and Corrupt, what package binding says for MalformedBinding; may be nil
 }
 
 // Error says where and why.

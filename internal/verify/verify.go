@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 
+	"imans.dev/imans-agent/internal/binding"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 )
@@ -69,6 +70,8 @@ type checker struct {
 
 	entries, violations int  // so far, of covered registers
 	bootCovered         bool // the boot aggregate is of a covered register
+
+	attached map[binding.ID]int // index in result.Bindings
 }
 
 // given is one PCR value that the list is held against.
@@ -81,7 +84,7 @@ type given struct {
 }
 
 func newChecker(opts Options) (*checker, error) {
-	c := &checker{opts: opts, fileBank: opts.FileBank}
+	c := &checker{opts: opts, fileBank: opts.FileBank, attached: make(map[binding.ID]int)}
 	if c.fileBank == 0 {
 		c.fileBank = ima.SHA1
 	}
@@ -152,6 +155,7 @@ func (c *checker) add(it *item, sums []byte) {
 			Bank: c.fileBank, Reason: fmt.Sprintf("%s: the template digest is %s:%x, that of the data %s", quote(e.Name()),
 				c.fileBank, it.stored[:c.fileBank.Size()], e.Digest(c.fileBank))})
 	}
+	c.binding(e, it.offset)
 	c.result.Entries++
 	c.result.Size = it.end
 	if e.Violation() {
@@ -235,6 +239,7 @@ func (c *checker) finish() {
 		c.broken(&ReplayError{Kind: BootAggregate, PCR: -1, Bank: c.fileBank,
 			Reason: "the list is empty: it has no boot aggregate"})
 	}
+	c.proveBindings()
 	res.Claimed = Claimed{Trailing: res.Entries - res.Proven.Prefix, Uncovered: res.Proven.Prefix - res.Proven.Entries}
 	if len(c.given) == 0 || res.Proven.Matched {
 		return
