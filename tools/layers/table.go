@@ -5,7 +5,7 @@ package main
 func layers() [][]string {
 	return [][]string{
 		{"ima", "need", "proc", "tpmext/tpmtest"},
-		{"event", "policy", "imalog", "durable", "feature"},
+		{"event", "policy", "imalog", "durable", "feature", "oci"},
 		{"loader", "digest", "tpmext", "verify"},
 		{"measure", "appraise", "vtpm"},
 		{"namespace"},
