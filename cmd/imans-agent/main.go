@@ -7,6 +7,8 @@
 //	imans-agent measurements ID          a list
 //	imans-agent policy check|show|load   policies
 //	imans-agent verify FILE              replay a list and compare it with a PCR
+//	imans-agent runtime ARGS             be an OCI runtime that gives containers their vTPM
+//	imans-agent runtime-hook STAGE       what that runtime's hooks run
 //	imans-agent unload                   take the kernel side out and end the vTPMs
 //
 // Exit status: 0 done; 1 the thing checked is bad; 2 usage; 3 the machine or the agent's surroundings lack something.
@@ -19,6 +21,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -39,9 +42,17 @@ const (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+	// What becomes another program does so on the first thread: the others do not have the signal of the parent's death.
+	runtime.LockOSThread()
+	args := commandLine(os.Args)
+	ctx := context.Background()
+	if !isRuntime(args) {
+		runtime.UnlockOSThread()
+		var stop context.CancelFunc
+		ctx, stop = signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+		defer stop()
+	}
+	os.Exit(run(ctx, args, os.Stdout, os.Stderr))
 }
 
 // errBad is an answer, not a failure: the thing checked is bad, and what is wrong has been said.
@@ -84,7 +95,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
 	})
-	root.AddCommand(newDoctor(), newNS(), newMeasurements(), newPolicy(), newVerify(), newUnload())
+	root.AddCommand(newDoctor(), newNS(), newMeasurements(), newPolicy(), newVerify(), newUnload(), newRuntime(), newHook())
 	return root
 }
 

@@ -1,6 +1,7 @@
 // Package control is the agent's Unix socket: HTTP with JSON, for the command line and other programs of the host's root.
 //
-// Every request is answered as of a moment after it came: what the kernel side had recorded by then is in the answer. Root of
+// Every request about namespaces is answered as of a moment after it came: what the kernel side had recorded by then is in the
+// answer. Those about containers come from runtimes that are creating one, and wait for no list. Root of
 // the host may ask for everything. Where the socket is mounted into a container, root there may ask for the container's own
 // namespace, and learns of no other. Who it is comes from the socket (SO_PEERCRED), never from the request.
 //
@@ -15,6 +16,10 @@
 //	POST /v1/namespaces/NAME/activate        makes it an IMA namespace of its own
 //	POST /v1/namespaces/NAME/window          mounts its window over /sys/kernel/security in it
 //	DELETE /v1/namespaces/NAME/window        takes that away again
+//	POST /v1/containers                      asks what a container that is about to be created is granted
+//	POST /v1/containers/ID/created           says which process is in its namespaces
+//	POST /v1/containers/ID/stopped           says that its processes have ended
+//	DELETE /v1/containers/ID                 says that the runtime deletes it
 package control
 
 import (
@@ -32,6 +37,7 @@ import (
 
 	"go.uber.org/zap"
 	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/oci"
 	"imans.dev/imans-agent/internal/policy"
 )
 
@@ -43,14 +49,15 @@ const barrierTimeout = 10 * time.Second
 
 // Server answers requests.
 type Server struct {
-	tree      *namespace.Tree
-	do        func(context.Context, func(context.Context) error) error
-	parse     func([]byte) (*policy.Policy, error)
-	windowDir string // where the window is mounted in the agent's namespace
-	log       *zap.Logger
-	path      string
-	listener  net.Listener
-	http      *http.Server
+	tree       *namespace.Tree
+	do         func(context.Context, func(context.Context) error) error
+	parse      func([]byte) (*policy.Policy, error)
+	windowDir  string // where the window is mounted in the agent's namespace
+	containers oci.Containers
+	log        *zap.Logger
+	path       string
+	listener   net.Listener
+	http       *http.Server
 
 	windows sync.Mutex // one change of windows at a time
 }
@@ -63,6 +70,8 @@ type Config struct {
 	// ParseRules parses rules that a namespace is given, and refuses what the agent does not do.
 	ParseRules func([]byte) (*policy.Policy, error)
 	WindowDir  string // where the agent has the window mounted
+	// Containers grants containers what they need; nil: nothing, and runtimes are told so.
+	Containers oci.Containers
 	Log        *zap.Logger
 }
 
@@ -82,7 +91,9 @@ func Listen(path string, c Config) (*Server, error) {
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
 	}
-	s := &Server{tree: c.Tree, do: c.Do, parse: c.ParseRules, windowDir: c.WindowDir, log: c.Log, path: path, listener: listener}
+	s := &Server{
+		tree: c.Tree, do: c.Do, parse: c.ParseRules, windowDir: c.WindowDir, containers: c.Containers, log: c.Log, path: path, listener: listener,
+	}
 	mux := http.NewServeMux()
 	for pattern, handler := range s.routes() {
 		mux.HandleFunc(pattern, handler)
@@ -108,6 +119,10 @@ func (s *Server) routes() map[string]http.HandlerFunc {
 		"GET /v1/namespaces/{name}/measurements": s.measurements,
 		"POST /v1/namespaces/{name}/window":      s.onlyHost(s.attachWindow),
 		"DELETE /v1/namespaces/{name}/window":    s.onlyHost(s.detachWindow),
+		"POST /v1/containers":                    s.withContainers(s.prepareContainer),
+		"POST /v1/containers/{id}/created":       s.withContainers(s.containerCreated),
+		"POST /v1/containers/{id}/stopped":       s.withContainers(s.containerStopped),
+		"DELETE /v1/containers/{id}":             s.withContainers(s.containerRemoved),
 	}
 }
 
@@ -146,6 +161,10 @@ func (s *Server) Run(ctx context.Context) error {
 func (s *Server) asOfNow(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !s.mayAsk(w, r) {
+			return
+		}
+		if readsNothing(r) {
+			next.ServeHTTP(w, r)
 			return
 		}
 		ctx, cancel := context.WithTimeout(r.Context(), barrierTimeout)

@@ -5,11 +5,11 @@ package main
 func layers() [][]string {
 	return [][]string{
 		{"ima", "need", "proc", "tpmext/tpmtest"},
-		{"event", "policy", "imalog", "binding", "durable", "feature"},
+		{"event", "policy", "imalog", "binding", "durable", "feature", "oci"},
 		{"loader", "digest", "tpmext", "verify"},
 		{"measure", "appraise", "vtpm"},
 		{"namespace"},
-		{"imafs", "container", "attest"},
+		{"imafs", "container", "grant", "attest"},
 		{"control"},
 		{"agent"},
 	}

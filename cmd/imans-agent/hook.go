@@ -1,0 +1,75 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"imans.dev/imans-agent/internal/control"
+	"imans.dev/imans-agent/internal/oci"
+)
+
+const (
+	// attachTimeout bounds how long a container waits for its vTPM to be attached. Runtimes wait longer for a hook.
+	attachTimeout = 30 * time.Second
+	// stateMax bounds what a runtime may say.
+	stateMax = 16 << 20
+)
+
+// newHook is what the specs that the wrapper edits have the runtime run. Without --required it never keeps a container from
+// being created or deleted.
+func newHook() *cobra.Command {
+	var runDir string
+	var required bool
+	cmd := &cobra.Command{
+		Use:   "runtime-hook createRuntime|poststop",
+		Short: "tell the agent what has become of a container; OCI runtimes run it as a hook",
+		Long: `runtime-hook reads an OCI state from standard input, as runtimes give it to hooks. At createRuntime it tells the agent which
+process is in the container's namespaces, and returns when the vTPM is attached to them; at poststop that the container is gone.`,
+		Args: exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if args[0] != oci.CreateRuntime && args[0] != oci.Poststop {
+				return usageError{fmt.Errorf("hook %q: want %s or %s", args[0], oci.CreateRuntime, oci.Poststop)}
+			}
+			err := tellState(cmd.Context(), client(runDir), args[0], cmd.InOrStdin())
+			if err != nil && !required {
+				runtimeLog{}.warn(fmt.Sprintf("%s: %v", args[0], err))
+				return nil
+			}
+			return err
+		},
+	}
+	addRunDir(cmd, &runDir)
+	cmd.Flags().BoolVar(&required, "required", false, "fail, and the container with it, if the agent can't be told")
+	return cmd
+}
+
+// tellState passes a state on to the agent.
+func tellState(ctx context.Context, c *control.Client, stage string, in io.Reader) error {
+	text, err := io.ReadAll(io.LimitReader(in, stateMax))
+	if err != nil {
+		return fmt.Errorf("read the state on standard input: %w", err)
+	}
+	s, err := oci.ParseState(text)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+	defer cancel()
+	if stage == oci.CreateRuntime {
+		if err := c.ContainerCreated(ctx, s.ID, s.PID); err != nil {
+			return fmt.Errorf("container %s has no vTPM attached: %w", s.ID, err)
+		}
+		return nil
+	}
+	if err := c.ContainerStopped(ctx, s.ID); err != nil {
+		return fmt.Errorf("say that container %s has stopped: %w", s.ID, err)
+	}
+	if err := c.ContainerRemoved(ctx, s.ID); err != nil {
+		return fmt.Errorf("say that container %s is deleted: %w", s.ID, err)
+	}
+	return nil
+}
