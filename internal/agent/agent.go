@@ -34,22 +34,25 @@ import (
 
 // Config is what the command line says.
 type Config struct {
-	Policy   string // file, or the name of a built-in policy: the native namespace's
-	NSPolicy string // the same: what new namespaces start with; "": as Policy
-	StateDir string // made if missing
-	Archive  string // folder for namespaces that end, made if missing; "": their state goes
-	RunDir   string // for sockets; made if missing
-	PinDir   string // on a bpffs
-	TPM      string // the native list's: address for tpmext.Open, or "none"
-	PCR      int    // of the native list
-	NSTPM    string // "swtpm" or "none"
-	Swtpm    string // the program's name or path
-	Digest   string // "auto", "kernel" or "agent"
-	Template string
-	Hash     string // of files, as IMA's ima_hash
-	Mode     string // how namespaces become active: one of namespace.Modes
-	MaxRules int    // that a namespace may have
-	RingSize uint32 // bytes
+	Policy    string // file, or the name of a built-in policy: the native namespace's
+	NSPolicy  string // the same: what new namespaces start with; "": as Policy
+	StateDir  string // made if missing
+	Archive   string // folder for namespaces that end, made if missing; "": their state goes
+	RunDir    string // for sockets; made if missing
+	PinDir    string // on a bpffs
+	TPM       string // the native list's: address for tpmext.Open, or "none"
+	PCR       int    // of the native list
+	NSTPM     string // "swtpm" or "none"
+	Swtpm     string // the program's name or path
+	SwtpmUser string // that vTPMs of containers run as; "": the agent's own
+	Pool      int    // vTPMs kept ready for containers
+	PolicyDir string // policies that containers may name
+	Digest    string // "auto", "kernel" or "agent"
+	Template  string
+	Hash      string // of files, as IMA's ima_hash
+	Mode      string // how namespaces become active: one of namespace.Modes
+	MaxRules  int    // that a namespace may have
+	RingSize  uint32 // bytes
 }
 
 var (
@@ -125,10 +128,18 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	if err := p.catchUp(ctx); err != nil {
 		return err
 	}
+	group, ctx := errgroup.WithContext(ctx)
 	windowDir := filepath.Join(c.RunDir, windowName)
-	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), control.Config{
-		Tree: tree, Do: p.do, ParseRules: parseRules, WindowDir: windowDir, Log: log,
-	})
+	config := control.Config{Tree: tree, Do: p.do, ParseRules: parseRules, WindowDir: windowDir, Log: log}
+	var given *containers
+	if c.NSTPM == "swtpm" {
+		var err error
+		if given, err = openContainers(ctx, c, p, tree, log); err != nil {
+			return err
+		}
+		config.Containers = given.granted
+	}
+	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), config)
 	if err != nil {
 		return err
 	}
@@ -136,8 +147,14 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	if err != nil {
 		log.Warn("containers have no window on their IMA; load the kernel module fuse (modprobe fuse) and restart", zap.Error(err))
 	}
+	if given != nil {
+		if window != nil {
+			given.granted.Window = windowDir
+		}
+		group.Go(func() error { return given.granted.Run(ctx) })
+		group.Go(func() error { return fill(ctx, given.pool, log) })
+	}
 	log.Info("measuring", zap.Int("namespaces", len(tree.List())), zap.String("socket", server.Path()))
-	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return p.run(ctx) })
 	group.Go(func() error { return p.watch(ctx) })
 	if window != nil {
@@ -184,6 +201,9 @@ func prepare(c Config, kernelDigests bool, log *zap.Logger) (namespace.Config, e
 	}
 	if c.MaxRules < 1 {
 		return none, usage("--max-rules %d: want at least 1", c.MaxRules)
+	}
+	if c.Pool < 0 {
+		return none, usage("--vtpm-pool %d: want 0 or more", c.Pool)
 	}
 	if c.PCR < 0 || c.PCR > 23 {
 		return none, usage("--pcr %d: want 0 to 23", c.PCR)

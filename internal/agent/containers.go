@@ -1,0 +1,85 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"go.uber.org/zap"
+
+	"imans.dev/imans-agent/internal/grant"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/vtpm"
+)
+
+// refillAfter is how long the pool rests after it could not make a TPM.
+const refillAfter = time.Minute
+
+// containers is what gives containers their vTPMs.
+type containers struct {
+	granted *grant.Containers
+	pool    *vtpm.Pool
+}
+
+// openContainers finds what an earlier agent left. ctx is the agent's life.
+func openContainers(ctx context.Context, c Config, p *pump, tree *namespace.Tree, log *zap.Logger) (*containers, error) {
+	authority, err := vtpm.OpenAuthority(filepath.Join(c.StateDir, "authority"))
+	if err != nil {
+		return nil, err
+	}
+	pool, err := vtpm.OpenPool(ctx, vtpm.PoolConfig{
+		Dir: filepath.Join(c.StateDir, "pool"), Size: c.Pool, Program: c.Swtpm, User: c.SwtpmUser, Authority: authority,
+	})
+	if err != nil {
+		return nil, err
+	}
+	granted, err := grant.Open(grant.Config{
+		Dir: filepath.Join(c.StateDir, "containers"), Pool: pool, Authority: authority, Swtpm: c.Swtpm, User: c.SwtpmUser,
+		Tree: tree, Log: log.Named("containers"),
+		Do:   func(_ context.Context, change func(context.Context) error) error { return p.do(ctx, change) },
+		Load: func(ctx context.Context, ns, name string) error { return loadNamed(ctx, tree, c.PolicyDir, ns, name) },
+	})
+	return &containers{granted, pool}, err
+}
+
+// fill keeps the pool full. That it can't be is no reason to stop measuring.
+func fill(ctx context.Context, pool *vtpm.Pool, log *zap.Logger) error {
+	for ctx.Err() == nil {
+		err := pool.Run(ctx)
+		if err == nil || ctx.Err() != nil {
+			return nil
+		}
+		log.Warn("no vTPM can be made for the pool; tried again in a minute", zap.Error(err))
+		select {
+		case <-ctx.Done():
+		case <-time.After(refillAfter):
+		}
+	}
+	return nil
+}
+
+// loadNamed gives a namespace the rules of a file in the policies' folder. Ids are the host's.
+func loadNamed(ctx context.Context, tree *namespace.Tree, dir, ns, name string) error {
+	text, err := os.ReadFile(filepath.Join(dir, name))
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("policy %s: there is none in %s; put it there, or name another in the annotation", name, dir)
+	} else if err != nil {
+		return fmt.Errorf("policy %s: %w", name, err)
+	}
+	rules, err := parseRules(text)
+	if err != nil {
+		return fmt.Errorf("policy %s: %w", name, err)
+	}
+	view, err := tree.Find(ns)
+	if err != nil {
+		return err
+	}
+	if err := tree.Activate(ctx, view.Info.NS); err != nil {
+		return err
+	}
+	return tree.AppendPolicy(ctx, view.Info.NS, rules, ima.InitialMaps())
+}

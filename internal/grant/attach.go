@@ -1,0 +1,147 @@
+package grant
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/binding"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/oci"
+	"imans.dev/imans-agent/internal/tpmext"
+	"imans.dev/imans-agent/internal/vtpm"
+)
+
+// attachTimeout bounds how long the lists of all namespaces wait while one of them goes over to its TPM.
+const attachTimeout = 5 * time.Second
+
+// start starts the container's n-th TPM, or finds it running. The first time it gets an identity; later it has what it had.
+func (g *Containers) start(ctx context.Context, c *container, n int) (vtpm.Device, error) {
+	ask, config := c.Request.VTPMs[n], g.config(c, n)
+	if ask.EncryptionPassword != "" {
+		return vtpm.Device{}, errors.New("linux.resources.vtpms: encryptionPassword is not done here; leave it out, and keep statePath on an encrypted disk")
+	}
+	i, err := vtpm.Adopt(config)
+	switch {
+	case errors.Is(err, vtpm.ErrLost):
+		config.Restart = true
+	case errors.Is(err, os.ErrNotExist):
+		if err := g.provision(ctx, config, ask); err != nil {
+			return vtpm.Device{}, err
+		}
+	case err != nil:
+		return vtpm.Device{}, err
+	}
+	if i == nil {
+		if i, err = vtpm.Start(ctx, config); err != nil {
+			return vtpm.Device{}, err
+		}
+	}
+	device, ok := i.Device()
+	if err := i.Close(); err != nil || !ok {
+		return vtpm.Device{}, errors.Join(fmt.Errorf("the vTPM in %s is no device", config.Dir), err)
+	}
+	return device, nil
+}
+
+// provision gives a folder that has none an identity: one of the pool's, unless something else is asked for.
+func (g *Containers) provision(ctx context.Context, config vtpm.Config, ask oci.VTPM) error {
+	if config.Version == vtpm.TPM12 {
+		return nil
+	}
+	if _, err := vtpm.ReadIdentity(config.Dir); err == nil {
+		return nil // a crash came before its first start
+	}
+	if ask.PCRBanks == "" && ask.RunAs == "" && ask.StatePath == "" {
+		_, err := g.Pool.Take(ctx, config.Dir)
+		return err
+	}
+	var banks []ima.HashAlgo
+	for _, name := range ask.Banks() {
+		bank, ok := ima.HashAlgoByName(name)
+		if !ok {
+			return fmt.Errorf("linux.resources.vtpms: pcrBanks: no bank %s; leave it out", name)
+		}
+		banks = append(banks, bank)
+	}
+	_, err := vtpm.Provision(ctx, config, g.Authority, banks)
+	return err
+}
+
+// created attaches the first TPM to the mount namespace of a process of the container.
+func (g *Containers) created(ctx context.Context, c *container, pid int) error {
+	var ns unix.Stat_t
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/mnt", pid), &ns); err != nil {
+		return fmt.Errorf("find the mount namespace of process %d: %w", pid, err)
+	}
+	if c.State != prepared {
+		return fmt.Errorf("its TPM is not prepared, it is %s", c.State)
+	}
+	if c.Request.VTPMs[0].Version == "1.2" {
+		g.Log.Warn("a TPM 1.2 is the container's alone: its list is not extended into it", zap.String("container", c.id))
+		c.State = created
+		return c.record()
+	}
+	return g.Do(ctx, func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+		defer cancel()
+		view, err := g.Tree.Find(fmt.Sprint(ns.Ino))
+		if err != nil {
+			return err
+		}
+		name := view.Info.NS.String()
+		if c.Request.Policy != "" {
+			if err := g.Load(ctx, name, c.Request.Policy); err != nil {
+				return err
+			}
+		}
+		a, err := g.attachment(ctx, c)
+		if err != nil {
+			return err
+		}
+		// Commit point: from here on the tree ends the TPM, if the namespace has got it, and else the next look does.
+		c.State, c.Namespace = created, name
+		if err = c.record(); err == nil {
+			err = g.Tree.AttachTPM(ctx, view.Info.NS, a)
+		}
+		if err != nil {
+			c.State, c.Namespace = prepared, ""
+			return errors.Join(err, a.TPM.Close(), a.Instance.Close(), c.record())
+		}
+		return nil
+	})
+}
+
+// attachment opens the first TPM, and says what the native list is to say of it.
+func (g *Containers) attachment(ctx context.Context, c *container) (namespace.Attachment, error) {
+	a := namespace.Attachment{Config: g.config(c, 0), Keep: true}
+	id, err := vtpm.ReadIdentity(a.Config.Dir)
+	if err != nil {
+		return a, err
+	}
+	a.Binding = binding.Attach{TPM: binding.TPM20, Way: binding.Proxy, Container: c.id, Image: c.Request.Image}
+	if a.Binding.EK, err = binding.ParseName(id.EK); err != nil {
+		return a, err
+	}
+	if a.Binding.AK, err = binding.ParseName(id.AK); err != nil {
+		return a, err
+	}
+	if d := c.Request.ImageDigest; d != "" {
+		if a.Binding.ImageDigest, err = ima.ParseDigest(d); err != nil {
+			g.Log.Warn("an image's digest is left out", zap.String("container", c.id), zap.Error(err))
+		}
+	}
+	if a.Instance, err = vtpm.Adopt(a.Config); err != nil {
+		return a, err
+	}
+	if a.TPM, err = tpmext.Open(ctx, a.Instance.Address()); err != nil {
+		return a, errors.Join(err, a.Instance.Close())
+	}
+	return a, nil
+}

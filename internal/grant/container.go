@@ -1,0 +1,215 @@
+package grant
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/oci"
+	"imans.dev/imans-agent/internal/vtpm"
+)
+
+// state is what a container has come to.
+type state string
+
+const (
+	prepared state = "prepared" // it may be created now
+	created  state = "created"  // its namespace has the first TPM
+	stopped  state = "stopped"  // it may be started again
+)
+
+const recordName = "container.json"
+
+// life is what a container's folder says of it.
+type life struct {
+	Request   oci.Request `json:"request"`
+	State     state       `json:"state"`
+	Since     time.Time   `json:"since"`               // of the request
+	Namespace string      `json:"namespace,omitempty"` // INUM:ID
+	Deleted   bool        `json:"deleted,omitempty"`   // by the runtime
+}
+
+// container is one that was granted TPMs. Its methods are called with mu held.
+type container struct {
+	id  string
+	dir string
+
+	mu sync.Mutex // one request at a time; guards what follows, and the folder
+	life
+	left time.Time // since when its namespace is known to be gone
+}
+
+func (g *Containers) open(id string) (*container, error) {
+	c := &container{id: id, dir: filepath.Join(g.Dir, id)}
+	b, err := os.ReadFile(filepath.Join(c.dir, recordName))
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(b, &c.life); err != nil {
+		return nil, fmt.Errorf("read %s: %w", recordName, err)
+	}
+	return c, nil
+}
+
+// record puts down what has become of the container.
+func (c *container) record() error {
+	if err := durable.Mkdir(c.dir); err != nil {
+		return err
+	}
+	b, err := json.Marshal(c.life)
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(filepath.Join(c.dir, recordName), b)
+}
+
+// config says where the container's n-th TPM lives.
+func (g *Containers) config(c *container, n int) vtpm.Config {
+	ask := c.Request.VTPMs[n]
+	config := vtpm.Config{Program: g.Swtpm, User: g.User, Proxy: true, Dir: filepath.Join(c.dir, fmt.Sprintf("tpm%d", n))}
+	if ask.StatePath != "" {
+		config.Dir = ask.StatePath
+	}
+	if ask.RunAs != "" {
+		config.User = ask.RunAs
+	}
+	if ask.Version == "1.2" {
+		config.Version = vtpm.TPM12
+	}
+	return config
+}
+
+// running returns the instances of the container that run, by the number of their TPM.
+func (g *Containers) running(c *container) (map[int]*vtpm.Instance, error) {
+	found := make(map[int]*vtpm.Instance)
+	var errs []error
+	for n := range c.Request.VTPMs {
+		i, err := vtpm.Adopt(g.config(c, n))
+		switch {
+		case err == nil:
+			found[n] = i
+		case !errors.Is(err, vtpm.ErrLost) && !errors.Is(err, os.ErrNotExist):
+			errs = append(errs, err)
+		}
+	}
+	return found, errors.Join(errs...)
+}
+
+// stop ends the TPMs of the container, but for the first one of a container whose namespace has it: the tree ends that, when the
+// native list has its last values.
+func (g *Containers) stop(c *container) error {
+	found, err := g.running(c)
+	errs := []error{err}
+	for n, i := range found {
+		if n == 0 && c.State == created {
+			errs = append(errs, i.Close())
+		} else {
+			errs = append(errs, i.Stop())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// lives reports whether the namespace that has the container's first TPM is still there.
+func (g *Containers) lives(c *container) bool {
+	if c.Namespace == "" {
+		return false
+	}
+	_, err := g.Tree.Find(c.Namespace)
+	return err == nil
+}
+
+// awaitEnd waits until the container's last run is over: it is being started again.
+func (g *Containers) awaitEnd(ctx context.Context, c *container) error {
+	ctx, cancel := context.WithTimeout(ctx, endTimeout)
+	defer cancel()
+	for {
+		found, err := g.running(c)
+		for _, i := range found {
+			i.Close()
+		}
+		if err != nil || len(found) == 0 {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ErrRunning
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// look takes back what the container has no use for any more.
+func (g *Containers) look(c *container) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.State == prepared && (c.Deleted || time.Since(c.Since) > unclaimedAfter):
+		c.Deleted = true
+		return g.halt(c)
+	case c.State == created && !g.lives(c):
+		if c.left.IsZero() {
+			c.left = time.Now()
+		}
+		found, err := g.running(c)
+		first := found[0] != nil
+		for _, i := range found {
+			i.Close()
+		}
+		if err != nil || first && time.Since(c.left) < endAfter {
+			return err
+		}
+		return g.halt(c)
+	case c.State == stopped && c.Deleted && c.homeless():
+		return g.drop(c)
+	}
+	return nil
+}
+
+// halt ends all TPMs of the container, and notes that it has stopped.
+func (g *Containers) halt(c *container) error {
+	c.State, c.Namespace = stopped, ""
+	if err := g.stop(c); err != nil {
+		return err
+	}
+	return c.record()
+}
+
+// homeless reports whether none of the folders that the container's manager has for it is there any more.
+func (c *container) homeless() bool {
+	for _, home := range c.Request.Homes {
+		if _, err := os.Lstat(home); !errors.Is(err, os.ErrNotExist) {
+			return false
+		}
+	}
+	return true
+}
+
+// drop ends and forgets a container, and removes what was kept for it, but for folders that somebody else manages.
+func (g *Containers) drop(c *container) error {
+	if err := g.halt(c); err != nil {
+		return err
+	}
+	for n, ask := range c.Request.VTPMs {
+		if ask.StatePath == "" || ask.StatePathIsManaged {
+			continue
+		}
+		if err := vtpm.Remove(g.config(c, n)); err != nil {
+			return err
+		}
+	}
+	// Commit point: a crash before it leaves a record by which the next agent does the same.
+	if err := os.RemoveAll(c.dir); err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.known, c.id)
+	return nil
+}
