@@ -19,7 +19,8 @@ const (
 func rootPackages() []string {
 	return []string{
 		"swtpm", "swtpm-tools", "tpm2-tools", "ima-evm-utils", "runc", "crun", "iproute2", "procps", "kmod", "attr",
-		"busybox-static", "e2fsprogs", "xfsprogs", "btrfs-progs", "strace", "openssl", "keyutils",
+		"podman", "docker.io", "conmon", "catatonit", "busybox-static", "e2fsprogs", "xfsprogs", "btrfs-progs", "strace", "openssl",
+		"keyutils",
 	}
 }
 
