@@ -209,19 +209,21 @@ func name(n int, ask oci.VTPM) string {
 // nodes are a TPM's devices as the container sees them: /dev/NAME, and with tpmrm for tpm in it the kernel's resource manager.
 // In a user namespace the node is the host's, and belongs to the container's root.
 func nodes(d vtpm.Device, name string, r oci.Request) ([]oci.Device, error) {
-	manager := "tpmrm" + strings.TrimPrefix(name, "tpm")
 	var devices []oci.Device
-	for path, node := range map[string]vtpm.Node{"/dev/" + name: d.TPM, "/dev/" + manager: d.RM} {
-		if node.Path == "" {
+	for _, one := range []struct {
+		path string
+		node vtpm.Node
+	}{{"/dev/" + name, d.TPM}, {"/dev/tpmrm" + strings.TrimPrefix(name, "tpm"), d.RM}} {
+		if one.node.Path == "" {
 			continue
 		}
 		if r.UserNamespace {
-			if err := os.Chown(node.Path, int(r.RootUID), int(r.RootGID)); err != nil {
+			if err := os.Chown(one.node.Path, int(r.RootUID), int(r.RootGID)); err != nil {
 				return nil, fmt.Errorf("give the container's root its device: %w", err)
 			}
 		}
 		devices = append(devices, oci.Device{
-			Path: path, HostPath: node.Path, Type: "c", Major: node.Major, Minor: node.Minor, FileMode: 0o600,
+			Path: one.path, HostPath: one.node.Path, Type: "c", Major: one.node.Major, Minor: one.node.Minor, FileMode: 0o600,
 		})
 	}
 	return devices, nil
