@@ -13,15 +13,15 @@ import (
 	"imans.dev/imans-agent/internal/verify"
 )
 
-// trust is what stands behind PCR values; "" if that is not known.
-type trust string
+// backing is what stands behind PCR values; "" if that is not known.
+type backing string
 
 const (
-	hardware trust = "hardware"
-	software trust = "software"
+	hardware backing = "hardware"
+	software backing = "software"
 )
 
-func trustIn(isSoftware bool) trust {
+func backingOf(isSoftware bool) backing {
 	if isSoftware {
 		return software
 	}
@@ -32,7 +32,7 @@ func trustIn(isSoftware bool) trust {
 type verdict struct {
 	verify.Result
 	valuesGiven bool
-	trust       trust
+	trust       backing
 	ak          binding.Name // "": none is asked for
 }
 
@@ -133,7 +133,7 @@ type resultJSON struct {
 	Computed      []string      `json:"computed"` // PCR=ALGORITHM:HEX
 	Proven        int           `json:"proven"`
 	Claimed       int           `json:"claimed"`
-	Trust         trust         `json:"trust,omitempty"` // hardware or software; none if the agent was not asked
+	Trust         backing       `json:"trust,omitempty"` // hardware or software; none if the agent was not asked
 	Bindings      []bindingJSON `json:"bindings"`
 	VouchesFor    *bool         `json:"vouches_for,omitempty"` // the key of --ak-name
 	Broken        []brokenJSON  `json:"broken"`

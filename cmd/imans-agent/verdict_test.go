@@ -130,7 +130,7 @@ func TestVerifyTrust(t *testing.T) {
 	path, value := nativeList(t)
 	for _, c := range []struct {
 		software bool
-		want     trust
+		want     backing
 	}{{true, software}, {false, hardware}} {
 		dir := t.TempDir()
 		listener, err := net.Listen("unix", filepath.Join(dir, control.SocketName))

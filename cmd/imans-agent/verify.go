@@ -139,7 +139,7 @@ func (v pcrValues) add(pcr int, d ima.Digest) {
 }
 
 // values collects the PCR values from wherever the flags say. trust is what stands behind those of the agent.
-func (o verifyOptions) values(ctx context.Context, file io.Reader, bank ima.HashAlgo) (values pcrValues, trust trust, err error) {
+func (o verifyOptions) values(ctx context.Context, file io.Reader, bank ima.HashAlgo) (values pcrValues, trust backing, err error) {
 	values = make(pcrValues)
 	if o.pcr10 != "" {
 		name, ok := map[int]string{40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}[len(o.pcr10)]
@@ -172,7 +172,7 @@ func (o verifyOptions) values(ctx context.Context, file io.Reader, bank ima.Hash
 		if err != nil {
 			return nil, "", err
 		}
-		trust = trustIn(p.Software)
+		trust = backingOf(p.Software)
 		for _, text := range p.Values {
 			d, err := ima.ParseDigest(text)
 			if err != nil {

@@ -89,9 +89,17 @@ func TestAttachTPMEndsItsOwn(t *testing.T) {
 				pid = i.PID()
 				i.Close()
 			}
-			a := h.given(1)
+			a, starting := h.given(1), h.s.starting
 			h.attach(a)
 			h.tree.finishing.Wait()
+			select {
+			case <-starting.done:
+			default:
+				t.Error("its own is still being started")
+			}
+			if h.s.starting != nil || h.s.swtpm != a.Instance || h.s.tpm != a.TPM {
+				t.Error("the namespace does not have the vTPM that it was given")
+			}
 			if (pid != 0) != (swtpm == "swtpm") {
 				t.Errorf("its own was process %d", pid)
 			}

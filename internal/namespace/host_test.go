@@ -44,10 +44,13 @@ func newHost(t *testing.T, swtpm string) *host {
 	t.Cleanup(func() { tpm.Close() })
 	h := &host{t: t, dir: t.TempDir(), native: tpm}
 	h.begin(swtpm)
-	t.Cleanup(func() {
+	t.Cleanup(func() { // whatever is left
+		if i, err := vtpm.Adopt(h.s.vtpmConfig()); err == nil {
+			i.Stop()
+		}
 		for _, s := range h.tree.states {
 			if s.parent != nil {
-				s.end() // whatever is left
+				s.end()
 			}
 		}
 		h.tree.finishing.Wait()
