@@ -65,6 +65,7 @@ func run(c Config, lock, vtpmx *os.File) (*process, error) {
 	}
 	defer log.Close()
 	p := &process{config: c, cmd: exec.Command(c.Program, arguments(c)...), exited: make(chan struct{})}
+	p.cmd.Args[0] += ":" + c.name()
 	p.cmd.ExtraFiles = []*os.File{lock, state}
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	p.cmd.Env, p.cmd.Dir = []string{}, "/"
@@ -86,6 +87,14 @@ func run(c Config, lock, vtpmx *os.File) (*process, error) {
 		close(p.exited)
 	}()
 	return p, nil
+}
+
+// name is what tells the process from others in the output of ps: nothing else of its arguments does.
+func (c Config) name() string {
+	if c.Proxy || c.Socket == "" {
+		return c.Dir
+	}
+	return c.Socket
 }
 
 func arguments(c Config) []string {

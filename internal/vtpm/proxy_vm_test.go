@@ -64,6 +64,16 @@ func lacks(t *testing.T, paths ...string) {
 	}
 }
 
+// stopGone stops an instance and makes sure that its devices have gone.
+func stopGone(t *testing.T, i *Instance) {
+	t.Helper()
+	d := deviceOf(t, i)
+	if err := i.Stop(); err != nil {
+		t.Error(err)
+	}
+	lacks(t, d.TPM.Path, d.RM.Path, fmt.Sprintf("%s/tpm%d", sysfsTPM, d.Number), fmt.Sprintf("%s/tpmrm%d", sysfsRM, d.Number))
+}
+
 // tool runs a program of tpm2-tools on a device.
 func tool(t *testing.T, path, name string, args ...string) string {
 	t.Helper()
@@ -133,11 +143,7 @@ func TestVTPMProxyDevices(t *testing.T) {
 		t.Errorf("both have %v in PCR 10", x)
 	}
 	for _, i := range instances {
-		d := deviceOf(t, i)
-		if err := i.Stop(); err != nil {
-			t.Error(err)
-		}
-		lacks(t, d.TPM.Path, d.RM.Path, fmt.Sprintf("%s/tpm%d", sysfsTPM, d.Number), fmt.Sprintf("%s/tpmrm%d", sysfsRM, d.Number))
+		stopGone(t, i)
 	}
 	if after := devices(t); after != before {
 		t.Errorf("devices %s, before %s", after, before)

@@ -125,6 +125,9 @@ func TestInstanceOfAnotherUser(t *testing.T) {
 		t.Errorf("environment %q, %v", env, err)
 	}
 	checkDescriptors(t, i.PID(), c.Dir)
+	if arguments, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", i.PID())); err != nil || !strings.HasPrefix(string(arguments), "swtpm:"+c.Socket+"\x00") {
+		t.Errorf("the arguments %q do not begin with the instance's name, %v", arguments, err)
+	}
 	for name, want := range map[string]string{"": "0", lockName: "0", recordName: "0", stateName: u.Uid, stateName + "/tpm2-00.permall": u.Uid} {
 		st, err := os.Stat(filepath.Join(c.Dir, name))
 		if err != nil {

@@ -172,17 +172,18 @@ func Adopt(c Config) (*Instance, error) {
 	if err != nil {
 		return nil, fmt.Errorf("adopt vTPM in %s: %w", c.Dir, err)
 	}
-	pidfd, err := unix.PidfdOpen(r.PID, 0)
-	if err != nil {
-		return nil, fmt.Errorf("adopt vTPM in %s: %w", c.Dir, ErrLost)
-	}
 	c.Proxy, c.Version = r.Device != nil, r.version()
-	i := &Instance{config: c, pidfd: pidfd, pid: r.PID, device: r.Device, deviceID: r.DeviceID}
-	// The descriptor holds the process; only now can its start time not change any more.
-	if start, startErr := startTime(r.PID); startErr != nil || start != r.Start {
-		err = ErrLost
-	} else {
-		err = i.reach()
+	i := &Instance{config: c, pid: r.PID, device: r.Device, deviceID: r.DeviceID}
+	i.pidfd, err = unix.PidfdOpen(r.PID, 0)
+	switch {
+	case errors.Is(err, unix.ESRCH), errors.Is(err, unix.EINVAL): // none, or a thread of another process
+		return nil, fmt.Errorf("adopt vTPM in %s: %w", c.Dir, ErrLost)
+	case err != nil:
+		return nil, fmt.Errorf("adopt vTPM in %s: open process %d: %w", c.Dir, r.PID, err)
+	}
+	err = i.reach(r.Start)
+	if errors.Is(err, os.ErrNotExist) {
+		err = errors.New(err.Error()) // as it is, it would say that no instance was started
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("adopt vTPM in %s: %w", c.Dir, err), i.Close())
@@ -190,8 +191,18 @@ func Adopt(c Config) (*Instance, error) {
 	return i, nil
 }
 
-// reach makes sure that an adopted instance serves its folder, and is where it is looked for.
-func (i *Instance) reach() error {
+// reach makes sure that an adopted instance is the process that was recorded, serves its folder, and is where it is looked for. The
+// instance's descriptor holds the process: its start time can't change any more.
+func (i *Instance) reach(recorded string) error {
+	start, err := startTime(i.pid)
+	switch {
+	case errors.Is(err, os.ErrProcessDone), errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ESRCH):
+		return ErrLost
+	case err != nil:
+		return err
+	case start != recorded:
+		return ErrLost
+	}
 	found, err := serves(i.pid, i.config)
 	switch {
 	case err != nil:

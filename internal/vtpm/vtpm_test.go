@@ -3,6 +3,7 @@ package vtpm
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -168,6 +169,31 @@ func TestBrokenRecord(t *testing.T) {
 	}
 	if !i.Running() {
 		t.Error("the instance was ended")
+	}
+}
+
+// An instance whose device has no node here runs: it is neither lost nor was it never started.
+func TestDeviceWithoutNodeIsNeitherLostNorNew(t *testing.T) {
+	c := config(t)
+	i := start(t, c)
+	defer i.Stop()
+	r, err := readRecord(c.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Device = &Device{TPM: Node{Path: filepath.Join(t.TempDir(), "tpm7"), Major: 10, Minor: 7}}
+	b, err := json.Marshal(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(c.Dir, recordName), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Adopt(c); err == nil || errors.Is(err, ErrLost) || errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "mknod") {
+		t.Errorf("Adopt: %v", err)
+	}
+	if _, err := Start(t.Context(), c); err == nil || !strings.Contains(err.Error(), "in use before") || !i.Running() {
+		t.Errorf("Start: %v; the instance runs: %v", err, i.Running())
 	}
 }
 
