@@ -9,7 +9,7 @@ func layers() [][]string {
 		{"loader", "digest", "tpmext", "verify"},
 		{"measure", "appraise", "vtpm"},
 		{"namespace"},
-		{"imafs", "container", "attest"},
+		{"imafs", "container", "attest", "nri"},
 		{"control"},
 		{"agent"},
 	}
