@@ -151,7 +151,7 @@ func realRuntime(f runtimeFlags, env string, s runtimeSettings) (string, error) 
 			break
 		}
 	}
-	program, err := exec.LookPath(name)
+	program, err := lookRuntime(name)
 	if err != nil {
 		return "", fmt.Errorf("find the real runtime: %w; install it, or name another with --real or in %s", err, defaultSettings)
 	}
@@ -163,6 +163,23 @@ func realRuntime(f runtimeFlags, env string, s runtimeSettings) (string, error) 
 		return "", fmt.Errorf("the real runtime %s is this program; name another with --real or in %s", program, defaultSettings)
 	}
 	return filepath.Abs(program)
+}
+
+// systemPath is where programs are looked for by those that podman starts without PATH.
+const systemPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// lookRuntime finds a program by its name, also for callers without PATH.
+func lookRuntime(name string) (string, error) {
+	program, err := exec.LookPath(name)
+	if err == nil || os.Getenv("PATH") != "" || strings.ContainsRune(name, filepath.Separator) {
+		return program, err
+	}
+	for _, dir := range filepath.SplitList(systemPath) {
+		if program, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
+			return program, nil
+		}
+	}
+	return "", err
 }
 
 func sameFile(a, b string) bool {

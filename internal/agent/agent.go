@@ -30,6 +30,7 @@ import (
 	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/policy"
 	"imans.dev/imans-agent/internal/tpmext"
+	"imans.dev/imans-agent/internal/vtpm"
 )
 
 // Config is what the command line says.
@@ -327,6 +328,9 @@ func bootDir(stateDir string, log *zap.Logger) (string, error) {
 func openTPM(ctx context.Context, c Config, log *zap.Logger) (*tpmext.TPM, error) {
 	if n, err := kernelMeasurements(); err == nil && n > 1 && c.PCR == ima.DefaultPCR {
 		return nil, fmt.Errorf("PCR %d: %w (it has %d entries)", c.PCR, ErrSharedPCR, n)
+	}
+	if proxy, err := vtpm.IsProxy(c.TPM); err == nil && proxy {
+		return nil, fmt.Errorf("--tpm %s is a vTPM, made for some container; give the machine's own, or --tpm none", c.TPM)
 	}
 	tpm, err := tpmext.Open(ctx, c.TPM)
 	if err != nil {

@@ -21,6 +21,9 @@ import (
 // attachTimeout bounds how long the lists of all namespaces wait while one of them goes over to its TPM.
 const attachTimeout = 5 * time.Second
 
+// settleTimeout bounds how long a container waits for TPMs to catch up.
+const settleTimeout = 10 * time.Second
+
 // start starts the container's n-th TPM, or finds it running. The first time it gets an identity; later it has what it had.
 func (g *Containers) start(ctx context.Context, c *container, n int) (vtpm.Device, error) {
 	ask, config := c.Request.VTPMs[n], g.config(c, n)
@@ -88,10 +91,35 @@ func (g *Containers) created(ctx context.Context, c *container, pid int) error {
 		c.State = created
 		return c.record()
 	}
+	if err := g.attach(ctx, c, fmt.Sprint(ns.Ino)); err != nil {
+		return err
+	}
+	g.settle(ctx, c)
+	return nil
+}
+
+// settle waits until the container's TPM has what was measured in its namespace, and the machine's that the namespace has that TPM.
+// The native list's may be slow, or gone: that is told of elsewhere, and the container is not held up by it for longer.
+func (g *Containers) settle(ctx context.Context, c *container) {
+	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
+	defer cancel()
+	for _, name := range []string{c.Namespace, "native"} {
+		view, err := g.Tree.Find(name)
+		if err == nil {
+			err = view.List.Settle(ctx)
+		}
+		if err != nil {
+			g.Log.Warn("a container starts before the TPMs have all", zap.String("container", c.id), zap.String("list of", name), zap.Error(err))
+		}
+	}
+}
+
+// attach gives the first TPM to a mount namespace, named by its inode number.
+func (g *Containers) attach(ctx context.Context, c *container, inum string) error {
 	return g.Do(ctx, func(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, attachTimeout)
 		defer cancel()
-		view, err := g.Tree.Find(fmt.Sprint(ns.Ino))
+		view, err := g.Tree.Find(inum)
 		if err != nil {
 			return err
 		}

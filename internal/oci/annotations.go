@@ -27,16 +27,21 @@ func first(annotations map[string]string, keys []string) string {
 	return ""
 }
 
-// annotate fills in what annotations say.
-func (r *Request) annotate(annotations map[string]string) error {
-	r.Image = first(annotations, imageKeys)
+// Describe fills in what a manager tells of a container in annotations, and leaves the rest as it is.
+func (r *Request) Describe(annotations map[string]string) {
+	for to, keys := range map[*string][]string{&r.Image: imageKeys, &r.ImageDigest: digestKeys, &r.Name: nameKeys, &r.Pod: podKeys, &r.Namespace: namespaceKeys} {
+		if v := first(annotations, keys); v != "" {
+			*to = v
+		}
+	}
 	if _, digest, ok := strings.Cut(r.Image, "@"); ok {
 		r.ImageDigest = digest
-	} else {
-		r.ImageDigest = first(annotations, digestKeys)
 	}
-	r.Name = first(annotations, nameKeys)
-	r.Pod, r.Namespace = first(annotations, podKeys), first(annotations, namespaceKeys)
+}
+
+// annotate fills in what the annotations of a spec say.
+func (r *Request) annotate(annotations map[string]string) error {
+	r.Describe(annotations)
 	if first(annotations, kindKeys) == "sandbox" {
 		r.VTPM = len(r.VTPMs) > 0
 		return nil // the pod's annotations are about its containers

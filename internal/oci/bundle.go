@@ -95,11 +95,14 @@ func readBounded(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, specMax+1))
-	if err == nil && len(text) > specMax {
-		err = fmt.Errorf("%s has more than %d bytes", path, specMax)
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
 	}
-	return text, err
+	if st.Size() > specMax {
+		return nil, fmt.Errorf("%s has %d bytes, more than %d", path, st.Size(), specMax)
+	}
+	return io.ReadAll(io.LimitReader(f, specMax))
 }
 
 // replace puts a file in place of any other of that name; uid and gid -1 are the caller's. Bundles do not outlive a crash of the

@@ -9,7 +9,7 @@ func layers() [][]string {
 		{"loader", "digest", "tpmext", "verify"},
 		{"measure", "appraise", "vtpm"},
 		{"namespace"},
-		{"imafs", "container", "grant", "attest"},
+		{"imafs", "container", "grant", "nri", "attest"},
 		{"control"},
 		{"agent"},
 	}

@@ -42,6 +42,13 @@ type agent struct {
 	exited chan struct{}
 }
 
+// in is the agent as a subtest asks it.
+func (a *agent) in(t *testing.T) *agent {
+	sub := *a
+	sub.t = t
+	return &sub
+}
+
 // newAgent prepares an agent that is not running yet. Whatever happens, it and its kernel side are gone when the test ends.
 func newAgent(t *testing.T, args ...string) *agent {
 	t.Helper()

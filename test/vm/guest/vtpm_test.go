@@ -182,6 +182,7 @@ func TestVTPMInContainers(t *testing.T) {
 	seen := map[string]string{}
 	for _, e := range engines {
 		t.Run(e.name, func(t *testing.T) {
+			a := a.in(t)
 			c := e.start(t, tenantRoot(t), "box-"+e.name)
 			c.sh("printf '#!/bin/sh\n# " + c.id + "\n' >/tmp/own; chmod 755 /tmp/own; /tmp/own") // else two lists could be the same
 			out := c.sh(ownTPM)
