@@ -78,7 +78,7 @@ const idMax = 255
 // CheckID says what is wrong with a container's id.
 func CheckID(id string) error {
 	if id == "" || len(id) > idMax || id == "." || id == ".." || strings.Trim(id, letters+"_+-.") != "" {
-		return fmt.Errorf("container id %s: want 1 to %d letters, digits, and _ + - .", quote(id), idMax)
+		return fmt.Errorf("container id %s: want 1 to %d characters, of letters, digits, _, +, . and -, and not . or .. alone", quote(id), idMax)
 	}
 	return nil
 }
