@@ -187,6 +187,42 @@ func TestRuntimeRunc(t *testing.T) {
 	}
 }
 
+// In a user namespace the device is the host's node of the vTPM, bound under the container's name.
+func TestRuntimeRuncUserNamespace(t *testing.T) {
+	need.Program(t, "runc")
+	need.Program(t, "busybox")
+	g := &granted{}
+	file := settings(t, runtimeSettings{Runtime: "runc", RunDir: serveContainers(t, g), OnFailure: onFailureFail, DefaultVTPM: true})
+	dir := bundle(t, `[ -c /dev/tpm0 ] && echo "$TPM2TOOLS_TCTI"; exit 7`, "")
+	path := filepath.Join(dir, "config.json")
+	spec, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mapping := `[{"containerID":0,"hostID":100000,"size":65536}]`
+	spec = []byte(strings.Replace(string(spec), `{"type":"pid"}]`, `{"type":"pid"},{"type":"user"}],"uidMappings":`+mapping+`,"gidMappings":`+mapping, 1))
+	if err := os.WriteFile(path, spec, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("chown", "-R", "100000:100000", filepath.Join(dir, "rootfs")).CombinedOutput(); err != nil {
+		need.Skip(t, "chown: %v: %s", err, out)
+	}
+	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	state := t.TempDir()
+	if out, code := status(t, dir, "runc", "--root", state, "run", "without"); code != 7 {
+		need.Skip(t, "runc runs no container with a user namespace here: exit status %d: %s", code, out)
+	}
+	out, code := status(t, dir, program(t, "imans-agent"), "runtime", "--settings", file, "--root", state, "run", "imans-test-2")
+	if code != 7 || out != "device:/dev/tpm0\n" {
+		t.Errorf("exit status %d, output %q", code, out)
+	}
+	if !g.asked.UserNamespace || g.asked.RootUID != 100000 || g.asked.RootGID != 100000 {
+		t.Errorf("asked %+v", g.asked)
+	}
+}
+
 // The wrapper hands arguments, output, exit status and signals through, whatever the agent does.
 func TestRuntimePassesThrough(t *testing.T) {
 	fake := filepath.Join(t.TempDir(), "imitated")

@@ -46,11 +46,11 @@ type Grant struct {
 
 // Device is a device node for a container.
 type Device struct {
-	Path     string `json:"path"`           // in the container
-	HostPath string `json:"host_path"`      // of the same device on the host: bound where the container can't have a node of its own
-	Type     string `json:"type"`           // c or b
-	Major    uint32 `json:"major"`          //
-	Minor    uint32 `json:"minor"`          //
+	Path     string `json:"path"`      // in the container
+	HostPath string `json:"host_path"` // of the same device on the host: bound where the container can't have a node of its own
+	Type     string `json:"type"`      // c or b
+	Major    uint32 `json:"major"`
+	Minor    uint32 `json:"minor"`
 	FileMode uint32 `json:"mode,omitempty"` // permission bits; 0: the runtime's choice
 	UID      uint32 `json:"uid,omitempty"`  // as the container numbers them
 	GID      uint32 `json:"gid,omitempty"`
