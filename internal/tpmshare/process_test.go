@@ -1,0 +1,5 @@
+package tpmshare
+
+const clientVerb = "IMANS_TEST_CLIENT"
+
+func runClient(string) int { return 2 }
