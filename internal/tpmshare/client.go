@@ -44,7 +44,7 @@ type connection struct {
 func (s *Server) serve(ctx context.Context, conn net.Conn) {
 	c := &connection{Conn: conn, server: s}
 	defer c.leave()
-	for limit := commandTime; ; limit = idleTime { // a client connects to send something
+	for limit := s.times.command; ; limit = s.times.idle { // a client connects to send something
 		raw, rc := c.readCommand(limit)
 		if raw == nil && rc == tpm2.TPMRCSuccess {
 			return
@@ -57,7 +57,7 @@ func (s *Server) serve(ctx context.Context, conn net.Conn) {
 				response, rc = answer(tpm2.TPMRCRetry), tpm2.TPMRCRetry
 			}
 		}
-		if c.SetWriteDeadline(time.Now().Add(answerWrite)) != nil {
+		if c.SetWriteDeadline(time.Now().Add(s.times.answer)) != nil {
 			return
 		}
 		// Behind a command that was not read whole there is no telling where the next begins.
@@ -102,7 +102,7 @@ func (c *connection) readCommand(limit time.Duration) ([]byte, tpm2.TPMRC) {
 	if _, err := io.ReadFull(c, header[:1]); err != nil {
 		return nil, tpm2.TPMRCSuccess
 	}
-	if c.SetReadDeadline(time.Now().Add(commandTime)) != nil {
+	if c.SetReadDeadline(time.Now().Add(c.server.times.command)) != nil {
 		return nil, tpm2.TPMRCSuccess
 	}
 	if _, err := io.ReadFull(c, header[1:]); err != nil {

@@ -31,10 +31,10 @@ const (
 )
 
 // serveControl answers the commands that change nothing, as swtpm would, until the client ends the connection or sends another:
-// that is refused, and the connection ended, because what follows it is not known.
-func serveControl(conn net.Conn) {
+// that is refused, and the connection ended, because what follows it is not known. The limit is for each command.
+func serveControl(conn net.Conn, limit time.Duration) {
 	for {
-		if err := conn.SetDeadline(time.Now().Add(commandTime)); err != nil {
+		if err := conn.SetDeadline(time.Now().Add(limit)); err != nil {
 			return
 		}
 		var code [4]byte

@@ -48,31 +48,36 @@ func (s sockets) close() {
 	}
 }
 
-// openSockets opens them on a thread that enters the namespace. A thread that does not get back ends with its goroutine: it never
-// runs other code.
-func openSockets(ctx context.Context, ns *os.File) (sockets, error) {
-	if err := checkNotHost(ns); err != nil {
+// openSockets opens them on a thread that enters the namespace.
+func openSockets(ctx context.Context, ns *os.File) (s sockets, err error) {
+	onThread(func() (back bool) {
+		s, back, err = openInside(ctx, ns)
+		return back
+	})
+	if err != nil {
+		s.close()
 		return sockets{}, err
 	}
-	type result struct {
-		sockets
-		err error
-	}
-	opened := make(chan result, 1)
+	return s, nil
+}
+
+// onThread runs a function on a thread of its own, other than the first, whose namespaces are what /proc/self shows. A thread that the
+// function says is not back where it was ends: it never runs other code.
+func onThread(f func() (back bool)) {
+	done := make(chan struct{})
 	go func() {
+		defer close(done)
 		runtime.LockOSThread()
-		s, back, err := openInside(ctx, ns)
-		if back {
+		if unix.Gettid() == unix.Getpid() {
+			defer runtime.UnlockOSThread()
+			onThread(f) // another, while this one waits
+			return
+		}
+		if f() {
 			runtime.UnlockOSThread()
 		}
-		opened <- result{s, err}
 	}()
-	r := <-opened
-	if r.err != nil {
-		r.close()
-		return sockets{}, r.err
-	}
-	return r.sockets, nil
+	<-done
 }
 
 // openInside reports whether the thread is back in the namespace that it came from.
@@ -82,6 +87,9 @@ func openInside(ctx context.Context, ns *os.File) (s sockets, back bool, err err
 		return s, true, fmt.Errorf("open the agent's network namespace: %w", err)
 	}
 	defer home.Close()
+	if err := checkNotHost(ns); err != nil {
+		return s, true, err
+	}
 	if err := netns.Set(netns.NsHandle(ns.Fd())); err != nil {
 		return s, true, fmt.Errorf("enter the container's network namespace: %w", err)
 	}
@@ -110,14 +118,14 @@ func (s *sockets) open(ctx context.Context) error {
 	return err
 }
 
-// checkNotHost is ErrHostNetwork for the agent's namespace and for that of the first process. Where the agent may not look at the
+// checkNotHost is ErrHostNetwork for the thread's namespace, which is the agent's, and for that of the first process. Where the agent may not look at the
 // first process, only its own is compared.
 func checkNotHost(ns *os.File) error {
 	var theirs, ours unix.Stat_t
 	if err := unix.Fstat(int(ns.Fd()), &theirs); err != nil {
 		return fmt.Errorf("look at the container's network namespace: %w", err)
 	}
-	for _, path := range []string{"/proc/self/ns/net", "/proc/1/ns/net"} {
+	for _, path := range []string{"/proc/thread-self/ns/net", "/proc/1/ns/net"} {
 		err := unix.Stat(path, &ours)
 		if errors.Is(err, unix.EACCES) && path == "/proc/1/ns/net" {
 			continue

@@ -22,12 +22,15 @@ const (
 	maxOwnConnections = 16 // of one process
 )
 
-// Times that a client has. Its turn is not among them: that comes when it comes.
-const (
-	idleTime    = 5 * time.Minute  // from an answer to the next command
-	commandTime = 10 * time.Second // from connecting to the first command, and from a command's first byte to its last
-	answerWrite = 10 * time.Second // to take the answer
-)
+// times are what a client has. Its turn is not among them: that comes when it comes.
+type times struct {
+	idle    time.Duration // from an answer to the next command
+	command time.Duration // from connecting to the first command, and from a command's first byte to its last
+	answer  time.Duration // to take an answer
+}
+
+// clientTimes are long enough for a program that is stopped and continued by hand, between commands.
+var clientTimes = times{idle: 5 * time.Minute, command: 10 * time.Second, answer: 10 * time.Second}
 
 // acceptPause is how long to wait when no connection can be accepted because the agent is out of descriptors.
 const acceptPause = 50 * time.Millisecond
@@ -46,6 +49,7 @@ type Server struct {
 	tpm     *TPM
 	rules   rules
 	log     *zap.Logger
+	times   times
 	sockets sockets
 
 	watching sync.WaitGroup // a goroutine for each client that is a process
@@ -67,7 +71,7 @@ func Listen(ctx context.Context, c Config) (*Server, error) {
 		return nil, fmt.Errorf("share a TPM with a container: %w", err)
 	}
 	return &Server{
-		tpm: c.TPM, rules: rules{measured: c.Measured, protected: c.Protected}, log: c.Log, sockets: s,
+		tpm: c.TPM, rules: rules{measured: c.Measured, protected: c.Protected}, log: c.Log, times: clientTimes, sockets: s,
 		clients: make(map[int]*client), connections: make(map[net.Conn]bool), told: make(map[tpm2.TPMCC]bool),
 	}, nil
 }
@@ -135,7 +139,7 @@ func (s *Server) accept(ctx context.Context, l net.Listener, running *sync.WaitG
 		running.Go(func() {
 			defer s.release(conn)
 			if control {
-				serveControl(conn)
+				serveControl(conn, s.times.command)
 			} else {
 				s.serve(ctx, conn)
 			}

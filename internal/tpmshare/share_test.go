@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -68,19 +67,23 @@ func newNetns(t testing.TB) *os.File {
 	if os.Geteuid() != 0 {
 		need.Skip(t, "a network namespace needs root")
 	}
-	made := make(chan *os.File)
-	go func() { // the thread ends with the goroutine
-		defer close(made)
-		runtime.LockOSThread()
-		ns, err := netns.New()
+	var ns *os.File
+	onThread(func() bool {
+		home, err := netns.Get()
+		if err != nil {
+			t.Error(err)
+			return true
+		}
+		defer home.Close()
+		made, err := netns.New()
 		if err != nil {
 			t.Errorf("make a network namespace: %v", err)
-			return
+			return true
 		}
-		made <- os.NewFile(uintptr(ns), "netns")
-	}()
-	ns, ok := <-made
-	if !ok {
+		ns = os.NewFile(uintptr(made), "netns")
+		return netns.Set(home) == nil
+	})
+	if ns == nil {
 		t.FailNow()
 	}
 	t.Cleanup(func() { ns.Close() })
@@ -143,18 +146,20 @@ func (s *share) dial(address string) net.Conn {
 	return conn
 }
 
-// inside runs a function on a thread that is in a network namespace, and ends with it.
-func inside(ns *os.File, f func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		if err := netns.Set(netns.NsHandle(ns.Fd())); err != nil {
-			done <- err
-			return
+// inside runs a function in a network namespace. The thread goes back: where it ended, so would the programs that it started.
+func inside(ns *os.File, f func() error) (err error) {
+	onThread(func() bool {
+		var home netns.NsHandle
+		if home, err = netns.Get(); err != nil {
+			return true
 		}
-		done <- f()
-	}()
-	return <-done
+		defer home.Close()
+		if err = netns.Set(netns.NsHandle(ns.Fd())); err == nil {
+			err = f()
+		}
+		return netns.Set(home) == nil
+	})
+	return err
 }
 
 // command is a program in the namespace, with a folder of its own and the swtpm interface chosen.

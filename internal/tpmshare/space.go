@@ -67,7 +67,7 @@ func (s *space) execute(q *request) ([]byte, error) {
 		u.unload()
 		return answer(rc), nil
 	}
-	response, err := s.tpm.send(q.raw)
+	response, err := s.tpm.sendPatiently(q.raw)
 	if err != nil {
 		return nil, err
 	}

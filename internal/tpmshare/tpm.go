@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -179,6 +180,29 @@ func (t *TPM) send(command []byte) ([]byte, error) {
 		return nil, fmt.Errorf("%w: %w", errLost, err)
 	}
 	return response, nil
+}
+
+// How long the TPM is given that asks to have a command again, having done nothing: swtpm does when it first has to note that dictionary
+// attack protection is in use.
+const (
+	firstPause = time.Millisecond
+	lastPause  = 256 * time.Millisecond
+)
+
+// sendPatiently is send, again if the TPM asks for that, as the kernel's resource manager does. After half a second it is for the
+// client to go on. Source: Part 2, section 6.6.3 (TPM_RC_RETRY, TPM_RC_YIELDED, TPM_RC_TESTING).
+func (t *TPM) sendPatiently(command []byte) ([]byte, error) {
+	for pause := firstPause; ; pause *= 2 {
+		response, err := t.send(command)
+		if err != nil {
+			return nil, err
+		}
+		rc := responseCode(response)
+		if rc != tpm2.TPMRCRetry && rc != tpm2.TPMRCYielded && rc != tpm2.TPMRCTesting || pause > lastPause {
+			return response, nil
+		}
+		time.Sleep(pause)
+	}
 }
 
 // run sends a command of this package's own, without authorizations, and returns what is behind the response's header. That the
