@@ -21,14 +21,6 @@ import (
 	"imans.dev/imans-agent/internal/tpmext/tpmtest"
 )
 
-// TestMain makes the test program a client too: see clientProcess.
-func TestMain(m *testing.M) {
-	if verb := os.Getenv(clientVerb); verb != "" {
-		os.Exit(runClient(verb))
-	}
-	os.Exit(m.Run())
-}
-
 // openTPM shares a new swtpm.
 func openTPM(t testing.TB) (*TPM, *tpmtest.Swtpm) {
 	t.Helper()

@@ -7,27 +7,41 @@ import (
 	"testing"
 
 	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
 	"go.uber.org/zap"
 )
 
-// testClient is a client without a connection; it implements transport.TPM.
+// testClient is a client, whatever its way to the TPM.
 type testClient struct {
+	transport.TPM
+	t testing.TB
+}
+
+// direct is a client without a connection; it implements transport.TPM.
+type direct struct {
 	t testing.TB
 	s *Server
 	c *client
 }
 
+// newClients makes clients without connections.
 func newClients(t testing.TB, tpm *TPM, n int) (clients []*testClient) {
 	s := &Server{tpm: tpm, rules: rules{measured, protected}, log: zap.NewNop(), told: make(map[tpm2.TPMCC]bool)}
 	for range n {
-		clients = append(clients, &testClient{t, s, &client{space: newSpace(tpm, false)}})
+		clients = append(clients, &testClient{direct{t, s, &client{space: newSpace(tpm, false)}}, t})
 	}
 	return clients
 }
 
 // Send implements transport.TPM.
-func (c *testClient) Send(command []byte) ([]byte, error) {
-	return c.s.pass(c.t.Context(), c.c, slices.Clone(command))
+func (d direct) Send(command []byte) ([]byte, error) {
+	return d.s.pass(d.t.Context(), d.c, slices.Clone(command))
+}
+
+// end is what the end of its process is to a client.
+func (c *testClient) end() {
+	d := c.TPM.(direct)
+	d.s.end(d.c)
 }
 
 // storage and signing are templates of keys that a TPM makes quickly.
@@ -114,6 +128,25 @@ func wantRC(t testing.TB, what string, err error, want tpm2.TPMRC) {
 	}
 }
 
+// useMany loads six objects and three sessions, and uses them in turns.
+func (c *testClient) useMany() {
+	c.t.Helper()
+	parent := c.primary()
+	var keys []key
+	var sessions []tpm2.Session
+	for range 5 {
+		keys = append(keys, c.signingKey(parent))
+	}
+	for range 3 {
+		sessions = append(sessions, c.session())
+	}
+	for i := range 15 {
+		if err := c.sign(keys[i%5], sessions[i%3]); err != nil {
+			c.t.Errorf("use %d: %v", i, err)
+		}
+	}
+}
+
 // Eight clients have six objects and three sessions each loaded, in a TPM with room for three of each, and use them all in turns.
 func TestManyClientsShareThreePlaces(t *testing.T) {
 	tpm, _ := openTPM(t)
@@ -121,20 +154,7 @@ func TestManyClientsShareThreePlaces(t *testing.T) {
 	clients := newClients(t, tpm, 8)
 	for _, c := range clients {
 		running.Go(func() {
-			parent := c.primary()
-			var keys []key
-			var sessions []tpm2.Session
-			for range 5 {
-				keys = append(keys, c.signingKey(parent))
-			}
-			for range 3 {
-				sessions = append(sessions, c.session())
-			}
-			for i := range 15 {
-				if err := c.sign(keys[i%5], sessions[i%3]); err != nil {
-					t.Errorf("use %d: %v", i, err)
-				}
-			}
+			c.useMany()
 			if h := c.handles(firstTransient); len(h) != 6 || h[0] != firstTransient || h[5] != firstTransient+5 {
 				t.Errorf("objects %#x, want 6", h)
 			}
@@ -148,7 +168,7 @@ func TestManyClientsShareThreePlaces(t *testing.T) {
 	}
 	running.Wait()
 	for _, c := range clients {
-		c.s.end(c.c)
+		c.end()
 	}
 	if left := leftovers(t, tpm); len(left) != 0 {
 		t.Errorf("left in the TPM: %#x", left)
@@ -219,7 +239,7 @@ func TestSavedSessionIsGivenAway(t *testing.T) {
 	if h := mine.handles(firstSavedSession); len(h) != 1 || h[0] != policy.Handle() {
 		t.Errorf("saved sessions %#x", h)
 	}
-	mine.s.end(mine.c)
+	mine.end()
 	loaded, err := tpm2.ContextLoad{Context: saved.Context}.Execute(other)
 	if err != nil {
 		t.Fatal(err)
