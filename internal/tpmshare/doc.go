@@ -31,6 +31,6 @@
 //     kernel's resource manager. TPM2_GetCapability of handles takes no session.
 //   - Containers that have one network namespace, as those of a pod, have one TPM.
 //
-// Source: TCG TPM 2.0 Library, Parts 1 to 3; TCG TSS 2.0 TAB and Resource Manager Specification, section 4. For the behaviour that
+// Source: TCG TPM 2.0 Library, Parts 1 to 3; TCG TSS 2.0 TAB and Resource Manager Specification. For the behaviour that
 // programs are used to: the kernel's drivers/char/tpm/tpm2-space.c.
 package tpmshare

@@ -93,6 +93,21 @@ func TestClientProcess(t *testing.T) {
 		if h := append(c.handles(firstTransient), c.handles(firstLoadedSession)...); len(h) != 0 {
 			t.Errorf("sees %#x", h)
 		}
+	case "connect":
+		for i := range maxOwnConnections + 1 {
+			want := tpm2.TPMRCSuccess
+			if i == maxOwnConnections {
+				want = tpm2.TPMRCRetry
+			}
+			conn, err := net.Dial("tcp4", commandAddress)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if rc := exchange(t, conn, getRandom); rc != want {
+				t.Errorf("connection %d: %#x, want %#x", i, uint32(rc), uint32(want))
+			}
+		}
 	default:
 		t.Fatalf("verb %q", verb)
 	}

@@ -44,7 +44,7 @@ func (r rules) refuse(q *request) tpm2.TPMRC {
 			return atParameter(tpm2.TPMRCHierarchy, 0)
 		}
 	case tpm2.TPMCCPCRExtend, tpm2.TPMCCPCREvent, tpm2.TPMCCPCRReset, tpm2.TPMCCEventSequenceComplete:
-		// A PCR's handle is its number. Source: Part 2, section 7.3.
+		// A PCR's handle is its number. Source: Part 2, section 7.2.
 		if h := q.handle[0]; handleType(h) == tpm2.TPMHTPCR && slices.Contains(r.measured, int(h)) {
 			return tpm2.TPMRCLocality
 		}

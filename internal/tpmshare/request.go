@@ -7,13 +7,13 @@ import (
 )
 
 // headerSize is that of a command's and of a response's header: u16 tag, u32 size of the whole, u32 command or response code; big
-// endian, as all that follows. Source: Part 1, section 16.
+// endian, as all that follows. Source: Part 1, section 18.
 const headerSize = 10
 
 // maxCommand is the size of the longest command that is passed on, swtpm's TPM_PT_MAX_COMMAND_SIZE.
 const maxCommand = 4096
 
-// maxSessions is how many sessions an authorization area has at most. Source: Part 1, section 16.4.
+// maxSessions is how many sessions an authorization area has at most. Source: Part 1, section 18.
 const maxSessions = 3
 
 // minAuthorization is the size of the shortest authorization: u32 handle, u16 nonce size, u8 attributes, u16 HMAC size.

@@ -32,6 +32,9 @@ type times struct {
 // clientTimes are long enough for a program that is stopped and continued by hand, between commands.
 var clientTimes = times{idle: 5 * time.Minute, command: 10 * time.Second, answer: 10 * time.Second}
 
+// answerBuffer is how many bytes of answers the kernel keeps for a client: some, as it has asked for one at a time.
+const answerBuffer = 16 << 10
+
 // acceptPause is how long to wait when no connection can be accepted because the agent is out of descriptors.
 const acceptPause = 50 * time.Millisecond
 
@@ -136,6 +139,7 @@ func (s *Server) accept(ctx context.Context, l net.Listener, running *sync.WaitG
 			refuseConnection(conn, control)
 			continue
 		}
+		conn.(*net.TCPConn).SetWriteBuffer(answerBuffer) // else a client that never reads is noticed late
 		running.Go(func() {
 			defer s.release(conn)
 			if control {

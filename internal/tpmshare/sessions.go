@@ -13,7 +13,7 @@ const (
 )
 
 // session is one that the TPM holds a place for: its handle is the TPM's, because the handle is what an HMAC is computed over.
-// Source: Part 1, section 16.7 (the Name of a session).
+// Source: Part 1, section 16 (the Name of a session).
 type session struct {
 	handle  tpm2.TPMHandle
 	owner   *space
@@ -25,7 +25,7 @@ type session struct {
 // sessions are all of a TPM's.
 //
 // A TPM numbers the contexts of sessions that it saves, and refuses to save more when the oldest is TPM_PT_CONTEXT_GAP_MAX behind
-// (TPM_RC_CONTEXT_GAP; Part 1, section 27.4, on the context gap). So old ones are loaded and saved anew in time.
+// (TPM_RC_CONTEXT_GAP; Part 1, section 30). So old ones are loaded and saved anew in time.
 type sessions struct {
 	all   map[tpm2.TPMHandle]*session
 	gap   int // TPM_PT_CONTEXT_GAP_MAX

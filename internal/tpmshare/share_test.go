@@ -100,11 +100,18 @@ var (
 // start shares a TPM with a namespace of its own.
 func start(t testing.TB, tpm *TPM) *share {
 	t.Helper()
+	return startTimed(t, tpm, clientTimes)
+}
+
+// startTimed is start with other times for clients.
+func startTimed(t testing.TB, tpm *TPM, limits times) *share {
+	t.Helper()
 	ns := newNetns(t)
 	server, err := Listen(t.Context(), Config{TPM: tpm, Netns: ns, Measured: measured, Protected: protected, Log: zaptest.NewLogger(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
+	server.times = limits
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- server.Run(ctx) }()
@@ -123,7 +130,7 @@ func start(t testing.TB, tpm *TPM) *share {
 	return s
 }
 
-// dial connects the test program to the Server; all such connections are one client's.
+// dial connects to the Server from outside of all processes of the namespace, so that each connection is a client.
 func (s *share) dial(address string) net.Conn {
 	s.t.Helper()
 	var conn net.Conn
