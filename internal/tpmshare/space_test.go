@@ -1,6 +1,7 @@
 package tpmshare
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"sync"
@@ -19,7 +20,6 @@ type testClient struct {
 
 // direct is a client without a connection; it implements transport.TPM.
 type direct struct {
-	t testing.TB
 	s *Server
 	c *client
 }
@@ -28,14 +28,14 @@ type direct struct {
 func newClients(t testing.TB, tpm *TPM, n int) (clients []*testClient) {
 	s := &Server{tpm: tpm, rules: rules{measured, protected}, log: zap.NewNop(), told: make(map[tpm2.TPMCC]bool)}
 	for range n {
-		clients = append(clients, &testClient{direct{t, s, &client{space: newSpace(tpm, false)}}, t})
+		clients = append(clients, &testClient{direct{s, &client{space: newSpace(tpm, false)}}, t})
 	}
 	return clients
 }
 
 // Send implements transport.TPM.
 func (d direct) Send(command []byte) ([]byte, error) {
-	return d.s.pass(d.t.Context(), d.c, slices.Clone(command))
+	return d.s.pass(context.Background(), d.c, slices.Clone(command))
 }
 
 // end is what the end of its process is to a client.
