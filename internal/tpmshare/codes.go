@@ -112,7 +112,8 @@ var commands = map[tpm2.TPMCC]*command{
 	tpm2.TPMCCPolicyNvWritten:         {name: "PolicyNvWritten", handles: 1},
 	tpm2.TPMCCPolicyTemplate:          {name: "PolicyTemplate", handles: 1},
 	tpm2.TPMCCPolicyAuthorizeNV:       {name: "PolicyAuthorizeNV", handles: 3},
-	// Sections 24 and 25: hierarchies, dictionary attack protection. The owner's authorization value is the client's to change, see refuse.go.
+	// Sections 24 and 25: hierarchies, dictionary attack protection. Of the former the owner's authorization value is the client's to
+	// change, see refuse.go.
 	tpm2.TPMCCCreatePrimary:              {name: "CreatePrimary", handles: 1, creates: true},
 	tpm2.TPMCCHierarchyControl:           {name: "HierarchyControl", handles: 1, refused: ownerOfAll},
 	tpm2.TPMCCSetPrimaryPolicy:           {name: "SetPrimaryPolicy", handles: 1, refused: ownerOfAll},

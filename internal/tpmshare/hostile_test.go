@@ -62,13 +62,14 @@ func TestHostileClients(t *testing.T) {
 		command []byte
 		want    tpm2.TPMRC
 	}{
-		"extend":     {withPassword(tpm2.TPMCCPCRExtend, []tpm2.TPMHandle{10}, sha256...), tpm2.TPMRCLocality},
-		"event":      {withPassword(tpm2.TPMCCPCREvent, []tpm2.TPMHandle{10}, 0, 1, 1), tpm2.TPMRCLocality},
-		"reset":      {withPassword(tpm2.TPMCCPCRReset, []tpm2.TPMHandle{10}), tpm2.TPMRCLocality},
-		"clear":      {withPassword(tpm2.TPMCCClear, []tpm2.TPMHandle{tpm2.TPMRHLockout}), tpm2.TPMRCCommandCode},
-		"startup":    {rawCommand(tpm2.TPMSTNoSessions, tpm2.TPMCCStartup, 0, 0), tpm2.TPMRCCommandCode},
-		"shutdown":   {rawCommand(tpm2.TPMSTNoSessions, tpm2.TPMCCShutdown, 0, 0), tpm2.TPMRCCommandCode},
-		"platform":   {withPassword(tpm2.TPMCCHierarchyChanegAuth, []tpm2.TPMHandle{tpm2.TPMRHPlatform}, 0, 0), atHandle(tpm2.TPMRCHierarchy, 0)},
+		"extend":   {withPassword(tpm2.TPMCCPCRExtend, []tpm2.TPMHandle{10}, sha256...), tpm2.TPMRCLocality},
+		"event":    {withPassword(tpm2.TPMCCPCREvent, []tpm2.TPMHandle{10}, 0, 1, 1), tpm2.TPMRCLocality},
+		"reset":    {withPassword(tpm2.TPMCCPCRReset, []tpm2.TPMHandle{10}), tpm2.TPMRCLocality},
+		"clear":    {withPassword(tpm2.TPMCCClear, []tpm2.TPMHandle{tpm2.TPMRHLockout}), tpm2.TPMRCCommandCode},
+		"startup":  {rawCommand(tpm2.TPMSTNoSessions, tpm2.TPMCCStartup, 0, 0), tpm2.TPMRCCommandCode},
+		"shutdown": {rawCommand(tpm2.TPMSTNoSessions, tpm2.TPMCCShutdown, 0, 0), tpm2.TPMRCCommandCode},
+		"platform": {withPassword(tpm2.TPMCCHierarchyChanegAuth, []tpm2.TPMHandle{tpm2.TPMRHPlatform}, 0, 0),
+			atHandle(tpm2.TPMRCHierarchy, 0)},
 		"a vendor's": {rawCommand(tpm2.TPMSTNoSessions, 1<<29|1), tpm2.TPMRCCommandCode},
 		"unknown":    {rawCommand(tpm2.TPMSTNoSessions, 0x1ff), tpm2.TPMRCCommandCode},
 	} {

@@ -87,6 +87,7 @@ func openInside(ctx context.Context, ns *os.File) (s sockets, back bool, err err
 		return s, true, fmt.Errorf("open the agent's network namespace: %w", err)
 	}
 	defer home.Close()
+	defer runtime.KeepAlive(ns)
 	if err := checkNotHost(ns); err != nil {
 		return s, true, err
 	}
@@ -113,13 +114,13 @@ func (s *sockets) open(ctx context.Context) error {
 		s.control, err = c.Listen(ctx, "tcp4", controlAddress)
 	}
 	if errors.Is(err, unix.EADDRINUSE) {
-		err = fmt.Errorf("%w; another program of that network has the port, or another container of the pod its TPM there", err)
+		err = fmt.Errorf("%w; another program of that network has the port, or the TPM of another container of the pod", err)
 	}
 	return err
 }
 
-// checkNotHost is ErrHostNetwork for the thread's namespace, which is the agent's, and for that of the first process. Where the agent may not look at the
-// first process, only its own is compared.
+// checkNotHost is ErrHostNetwork for the thread's namespace, which is the agent's, and for that of the first process. Where the
+// agent may not look at the first process, only its own is compared.
 func checkNotHost(ns *os.File) error {
 	var theirs, ours unix.Stat_t
 	if err := unix.Fstat(int(ns.Fd()), &theirs); err != nil {
@@ -140,8 +141,8 @@ func checkNotHost(ns *os.File) error {
 	return nil
 }
 
-// raiseLoopback sees to it that the loopback device of the thread's network namespace is up; a new namespace's is down, and nothing
-// can be reached in it. The kernel gives the device its address as it goes up. Source: net/ipv4/devinet.c, inetdev_event.
+// raiseLoopback sees to it that the loopback device of the thread's network namespace is up; a new namespace's is down, and
+// nothing can be reached in it. The kernel gives the device its address as it goes up. Source: net/ipv4/devinet.c, inetdev_event.
 func raiseLoopback() error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

@@ -208,12 +208,14 @@ func TestOthersHandlesDoNotExist(t *testing.T) {
 	if own.Handle != k.Handle {
 		t.Errorf("handles %#x and %#x: one tells of the other", own.Handle, k.Handle)
 	}
-	_, err = tpm2.Create{ParentHandle: tpm2.AuthHandle{Handle: own.Handle, Name: own.Name, Auth: session}, InPublic: signing}.Execute(other)
+	parent := tpm2.AuthHandle{Handle: own.Handle, Name: own.Name, Auth: session}
+	_, err = tpm2.Create{ParentHandle: parent, InPublic: signing}.Execute(other)
 	wantRC(t, "another's session as authorization", err, tpm2.TPMRCReferenceS0)
 	if h := other.handles(firstLoadedSession); len(h) != 0 {
 		t.Errorf("sees sessions %#x", h)
 	}
-	if _, err := (tpm2.Create{ParentHandle: tpm2.AuthHandle{Handle: k.Handle, Name: k.Name, Auth: session}, InPublic: signing}).Execute(mine); err != nil {
+	parent = tpm2.AuthHandle{Handle: k.Handle, Name: k.Name, Auth: session}
+	if _, err := (tpm2.Create{ParentHandle: parent, InPublic: signing}).Execute(mine); err != nil {
 		t.Errorf("its own session: %v", err)
 	}
 	if err := closeSession(); err != nil {
@@ -271,7 +273,8 @@ func TestSequence(t *testing.T) {
 		sequences = append(sequences, started.SequenceHandle)
 	}
 	part := tpm2.TPM2BMaxBuffer{Buffer: []byte("ab")}
-	want, err := tpm2.Hash{Data: tpm2.TPM2BMaxBuffer{Buffer: []byte("ababab")}, HashAlg: tpm2.TPMAlgSHA256, Hierarchy: tpm2.TPMRHNull}.Execute(c)
+	whole := tpm2.TPM2BMaxBuffer{Buffer: []byte("ababab")}
+	want, err := tpm2.Hash{Data: whole, HashAlg: tpm2.TPMAlgSHA256, Hierarchy: tpm2.TPMRHNull}.Execute(c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -394,7 +397,8 @@ func TestContextGap(t *testing.T) {
 func TestOnlyOwnAnswersWithoutHMAC(t *testing.T) {
 	tpm, _ := openTPM(t)
 	c := newClients(t, tpm, 1)[0]
-	_, err := tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: uint32(firstTransient), PropertyCount: 1}.Execute(c, c.session(tpm2.Audit()))
+	handles := tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: uint32(firstTransient), PropertyCount: 1}
+	_, err := handles.Execute(c, c.session(tpm2.Audit()))
 	wantRC(t, "TPM_CAP_HANDLES with a session", err, tpm2.TPMRCAuthContext)
 	if _, err := (tpm2.GetCapability{Capability: tpm2.TPMCapAlgs, PropertyCount: 1}).Execute(c, c.session(tpm2.Audit())); err != nil {
 		t.Error(err)

@@ -182,8 +182,8 @@ func (t *TPM) send(command []byte) ([]byte, error) {
 	return response, nil
 }
 
-// How long the TPM is given that asks to have a command again, having done nothing: swtpm does when it first has to note that dictionary
-// attack protection is in use.
+// How long the TPM is given that asks to have a command again, having done nothing: swtpm does when it first has to note that
+// dictionary attack protection is in use.
 const (
 	firstPause = time.Millisecond
 	lastPause  = 256 * time.Millisecond

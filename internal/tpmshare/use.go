@@ -163,7 +163,8 @@ func isSequence(context []byte) bool { return savedHandle(context) == savedSeque
 // savedSequence is the savedHandle of a sequence object. Source: Part 2, section 14.6.
 const savedSequence tpm2.TPMHandle = 0x80000001
 
-// savedHandle reads that field of a TPMS_CONTEXT: u64 sequence, u32 savedHandle, u32 hierarchy, and the blob. It is 0 if there is none.
+// savedHandle reads that field of a TPMS_CONTEXT: u64 sequence, u32 savedHandle, u32 hierarchy, and the blob. It is 0 if there
+// is none.
 func savedHandle(context []byte) tpm2.TPMHandle {
 	if len(context) < 12 {
 		return 0
