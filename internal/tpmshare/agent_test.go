@@ -2,6 +2,7 @@ package tpmshare
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
 	"errors"
 	"sync"
@@ -121,6 +122,32 @@ func TestBrokenConnection(t *testing.T) {
 	}
 	if _, err := (tpm2.ReadPublic{ObjectHandle: k}).Execute(c); err != nil {
 		t.Errorf("an object that was not loaded: %v", err)
+	}
+}
+
+// While a client's command takes its time, the agent gives up when its context ends, without having sent anything.
+func TestAgentDoesNotWaitForEver(t *testing.T) {
+	tpm, _ := openTPM(t)
+	agent := openAgent(t, tpm)
+	c := &testClient{agent, t}
+	c.session()
+	if err := tpm.turns.take(t.Context(), false); err != nil { // a client's command
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := agent.ReadPCRs(ctx, 10); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("ReadPCRs: %v, want the deadline", err)
+	}
+	tpm.turns.give()
+	if err := agent.Reopen(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if pcr10(t, agent) == "" {
+		t.Error("no value")
+	}
+	if left := leftovers(t, tpm); len(left) != 0 {
+		t.Errorf("left in the TPM: %#x", left)
 	}
 }
 

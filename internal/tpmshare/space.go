@@ -50,6 +50,7 @@ func (s *space) execute(q *request) ([]byte, error) {
 	if s.tpm.conn == nil {
 		return nil, errLost
 	}
+	s.tpm.flushLeft()
 	switch q.code {
 	case tpm2.TPMCCFlushContext:
 		return s.flushContext(q), nil

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -22,6 +23,9 @@ var errLost = errors.New("no connection to the TPM")
 type TPM struct {
 	dial  tpmext.Dialer
 	turns turns
+
+	mu   sync.Mutex
+	left []*space // guarded by mu: of connections of the agent's that were closed
 
 	// Of whoever has the turn:
 	conn     transport.TPMCloser // nil while the connection is lost
@@ -53,7 +57,9 @@ func (t *TPM) Agent(ctx context.Context) (transport.TPMCloser, error) {
 			return nil, err
 		}
 	}
-	return &agent{tpm: t, space: newSpace(t, true)}, nil
+	a := &agent{tpm: t, space: newSpace(t, true)}
+	a.closed, a.cancel = context.WithCancel(context.Background())
+	return a, nil
 }
 
 // Close ends the connection for good; it waits for the command under way.
@@ -246,8 +252,10 @@ func (t *TPM) flush(h tpm2.TPMHandle) tpm2.TPMRC {
 
 // agent is a connection of the agent's.
 type agent struct {
-	tpm   *TPM
-	space *space
+	tpm    *TPM
+	space  *space
+	closed context.Context // ends by Close
+	cancel context.CancelFunc
 }
 
 // Send implements transport.TPM.
@@ -256,19 +264,46 @@ func (a *agent) Send(command []byte) ([]byte, error) {
 	if rc != tpm2.TPMRCSuccess {
 		return answer(rc), nil
 	}
-	if err := a.tpm.turns.take(context.Background(), true); err != nil {
-		return nil, err
+	if err := a.tpm.turns.take(a.closed, true); err != nil {
+		return nil, err // nothing was sent
 	}
 	defer a.tpm.turns.give()
+	if err := a.closed.Err(); err != nil {
+		return nil, err
+	}
+	if conn := a.tpm.conn; conn != nil {
+		stop := context.AfterFunc(a.closed, func() { conn.Close() })
+		defer func() {
+			if !stop() {
+				a.tpm.drop()
+			}
+		}()
+	}
 	return a.space.execute(q)
 }
 
-// Close implements io.Closer; it waits for the command under way.
+// Close implements io.Closer. It ends a Send that is under way: one that waits for its turn does nothing, one that the TPM does not
+// answer ends with the connection to the TPM. It does not wait for a client's command; what the agent has in the TPM is flushed
+// before the next.
 func (a *agent) Close() error {
-	if err := a.tpm.turns.take(context.Background(), true); err != nil {
-		return err
+	a.tpm.mu.Lock()
+	a.tpm.left = append(a.tpm.left, a.space)
+	a.tpm.mu.Unlock()
+	a.cancel()
+	if a.tpm.turns.take(a.closed, true) == nil { // at once, or not at all
+		defer a.tpm.turns.give()
+		a.tpm.flushLeft()
 	}
-	defer a.tpm.turns.give()
-	a.space.end()
 	return nil
+}
+
+// flushLeft flushes what the agent's closed connections have. The turn is the caller's.
+func (t *TPM) flushLeft() {
+	t.mu.Lock()
+	left := t.left
+	t.left = nil
+	t.mu.Unlock()
+	for _, s := range left {
+		s.end()
+	}
 }
