@@ -26,8 +26,8 @@ const maxResponse = 4096
 // commandTimeout ends a command that a socket TPM never answers. It is above the longest that the TCG allows a command.
 const commandTimeout = 5 * time.Minute
 
-// dialer returns how to reach an address: a path of a device, "unix:PATH" or "tcp:HOST:PORT".
-func dialer(address string) (Dialer, error) {
+// NewDialer returns how to reach an address, as Open takes it: a path of a device, "unix:PATH" or "tcp:HOST:PORT".
+func NewDialer(address string) (Dialer, error) {
 	kind, rest, _ := strings.Cut(address, ":")
 	switch {
 	case strings.HasPrefix(address, "/"):

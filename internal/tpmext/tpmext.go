@@ -58,7 +58,7 @@ type TPM struct {
 // Open connects to the TPM at an address: a device's path such as /dev/tpmrm0, "unix:PATH" or "tcp:HOST:PORT" (swtpm's data
 // channel). It fails if the TPM does not answer, has no active PCR bank, or has not been started.
 func Open(ctx context.Context, address string) (*TPM, error) {
-	dial, err := dialer(address)
+	dial, err := NewDialer(address)
 	if err != nil {
 		return nil, err
 	}

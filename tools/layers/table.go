@@ -7,7 +7,7 @@ func layers() [][]string {
 		{"ima", "need", "proc", "tpmext/tpmtest"},
 		{"event", "policy", "imalog", "binding", "durable", "feature", "oci"},
 		{"loader", "digest", "tpmext", "verify"},
-		{"measure", "appraise", "vtpm"},
+		{"measure", "appraise", "vtpm", "tpmshare"},
 		{"namespace"},
 		{"imafs", "container", "grant", "nri", "attest"},
 		{"control"},
