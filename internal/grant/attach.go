@@ -83,6 +83,9 @@ func (g *Containers) created(ctx context.Context, c *container, pid int) error {
 	if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/mnt", pid), &ns); err != nil {
 		return fmt.Errorf("find the mount namespace of process %d: %w", pid, err)
 	}
+	if view, err := g.Tree.Find(fmt.Sprint(ns.Ino)); c.State == created && err == nil && view.Info.NS.String() == c.Namespace {
+		return nil // told a second time
+	}
 	if c.State != prepared {
 		return fmt.Errorf("its TPM is not prepared, it is %s", c.State)
 	}

@@ -166,7 +166,7 @@ func (g *Containers) look(c *container) error {
 			return err
 		}
 		return g.halt(c)
-	case c.State == stopped && c.Deleted && c.homeless():
+	case c.State == stopped && c.Deleted && !c.Request.MayReturn():
 		return g.drop(c)
 	}
 	return nil
@@ -179,16 +179,6 @@ func (g *Containers) halt(c *container) error {
 		return err
 	}
 	return c.record()
-}
-
-// homeless reports whether none of the folders that the container's manager has for it is there any more.
-func (c *container) homeless() bool {
-	for _, home := range c.Request.Homes {
-		if _, err := os.Lstat(home); !errors.Is(err, os.ErrNotExist) {
-			return false
-		}
-	}
-	return true
 }
 
 // drop ends and forgets a container, and removes what was kept for it, but for folders that somebody else manages.

@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -118,11 +119,16 @@ func startDocker(t *testing.T, root, id string) *tenant {
 	t.Helper()
 	data := tempDir(t, "/run")
 	daemon := exec.Command("dockerd", "--bridge=none", "--iptables=false", "--data-root="+data, "--exec-root="+data+"/exec",
-		"--pidfile="+data+"/pid", "--add-runtime", "imans="+wrapperDir+"/imans-runc")
+		"--pidfile="+data+"/pid", "--storage-driver=overlay2", "--add-runtime", "imans="+wrapperDir+"/imans-runc")
+	var said bytes.Buffer
+	daemon.Stdout, daemon.Stderr = &said, &said
 	if err := daemon.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		if t.Failed() {
+			defer func() { t.Logf("dockerd said: %s", tail(said.String(), 3000)) }()
+		}
 		exec.Command("docker", "rm", "--force", id).Run()
 		daemon.Process.Signal(os.Interrupt)
 		daemon.Wait()
