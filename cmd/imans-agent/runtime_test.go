@@ -42,9 +42,19 @@ func (g *granted) tell(text string) error {
 	return g.refuse
 }
 
+// heard returns what it was told since the last time, and what was asked for last.
+func (g *granted) heard() (told []string, asked oci.Request) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	told, g.told = g.told, nil
+	return told, g.asked
+}
+
 func (g *granted) Prepare(_ context.Context, r oci.Request) (oci.Grant, error) {
 	err := g.tell("prepare " + r.ID)
+	g.mu.Lock()
 	g.asked = r
+	g.mu.Unlock()
 	return oci.Grant{
 		Devices: []oci.Device{{Path: "/dev/tpm0", HostPath: "/dev/null", Type: "c", Major: 1, Minor: 3, FileMode: 0o666}},
 		Env:     []string{"TPM2TOOLS_TCTI=device:/dev/tpm0"},
@@ -168,17 +178,17 @@ func TestRuntimeRunc(t *testing.T) {
 		need.Skip(t, "runc runs no container here: exit status %d: %s", code, out)
 	}
 	for range 2 { // from one bundle twice
-		g.told = nil
 		out, code := status(t, dir, agent, "runtime", "--settings", file, "--root", state, "run", "imans-test-1")
 		if code != 7 || out != "device:/dev/tpm0\n" {
 			t.Errorf("exit status %d, output %q", code, out)
 		}
 		want := []string{"prepare imans-test-1", "created imans-test-1", "stopped imans-test-1", "removed imans-test-1"}
-		if !slices.Equal(g.told, want) {
-			t.Errorf("told %q, want %q", g.told, want)
+		told, asked := g.heard()
+		if !slices.Equal(told, want) {
+			t.Errorf("told %q, want %q", told, want)
 		}
-		if g.asked.Bundle != dir || !g.asked.VTPM {
-			t.Errorf("asked %+v", g.asked)
+		if asked.Bundle != dir || !asked.VTPM {
+			t.Errorf("asked %+v", asked)
 		}
 	}
 	spec, err := os.ReadFile(filepath.Join(dir, "config.json"))
@@ -218,8 +228,8 @@ func TestRuntimeRuncUserNamespace(t *testing.T) {
 	if code != 7 || out != "device:/dev/tpm0\n" {
 		t.Errorf("exit status %d, output %q", code, out)
 	}
-	if !g.asked.UserNamespace || g.asked.RootUID != 100000 || g.asked.RootGID != 100000 {
-		t.Errorf("asked %+v", g.asked)
+	if _, asked := g.heard(); !asked.UserNamespace || asked.RootUID != 100000 || asked.RootGID != 100000 {
+		t.Errorf("asked %+v", asked)
 	}
 }
 
@@ -348,7 +358,7 @@ func TestHook(t *testing.T) {
 			t.Errorf("%s: %v, want exit status %d; output %s", name, err, c.code, out)
 		}
 	}
-	if !slices.Equal(g.told, []string{"stopped c1", "removed c1"}) {
-		t.Errorf("told %q", g.told)
+	if told, _ := g.heard(); !slices.Equal(told, []string{"stopped c1", "removed c1"}) {
+		t.Errorf("told %q", told)
 	}
 }

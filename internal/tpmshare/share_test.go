@@ -168,7 +168,6 @@ func (s *share) command(dir, program string, args ...string) *exec.Cmd {
 	cmd := exec.Command(need.Program(s.t, "nsenter"), append([]string{"--net=/proc/self/fd/3", program}, args...)...)
 	cmd.Dir = dir
 	cmd.ExtraFiles = []*os.File{s.ns}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.Env = append(os.Environ(), "TPM2TOOLS_TCTI=swtpm:host=127.0.0.1,port=2321", "TSS2_LOG=all+error")
 	return cmd
 }

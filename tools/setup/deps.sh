@@ -13,7 +13,7 @@ tools_of() {
 		/usr/include/linux/types.h:linux-libc-dev git:git ;;
 	lint) echo git:git '?shellcheck:shellcheck' ;;
 	test) echo '?gcc:gcc' '?/usr/include/stdlib.h:libc6-dev' swtpm:swtpm swtpm_setup:swtpm-tools tpm2_pcrread:tpm2-tools \
-		evmctl:ima-evm-utils busybox:busybox-static ;;
+		evmctl:ima-evm-utils busybox:busybox-static runc:runc ;;
 	vm)
 		echo qemu-system-x86_64:qemu-system-x86 swtpm:swtpm swtpm_setup:swtpm-tools mmdebstrap:mmdebstrap mke2fs:e2fsprogs \
 			depmod:kmod xz:xz-utils zstd:zstd dpkg-deb:dpkg apt-get:apt tar:tar \

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"testing"
 	"time"
@@ -71,15 +72,21 @@ func (s *Swtpm) Run(flags string) {
 	s.cmd.Dir = s.Dir
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // a test that panics leaves none behind
 	s.cmd.Stdout, s.cmd.Stderr = &s.output, &s.output
-	if err := s.cmd.Start(); err != nil {
-		s.t.Fatal(err)
-	}
-	cmd, exited := s.cmd, make(chan struct{})
+	cmd, started, exited := s.cmd, make(chan error), make(chan struct{})
 	s.exited = exited
 	go func() {
-		cmd.Wait()
+		runtime.LockOSThread() // the signal comes when the thread ends, and Go ends threads
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			cmd.Wait()
+		}
 		close(exited)
 	}()
+	if err := <-started; err != nil {
+		s.t.Fatal(err)
+	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		if s.accepts() {
 			return

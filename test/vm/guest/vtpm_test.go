@@ -118,21 +118,28 @@ func startPodman(t *testing.T, root, id string) *tenant {
 func startDocker(t *testing.T, root, id string) *tenant {
 	t.Helper()
 	data := tempDir(t, "/run")
-	daemon := exec.Command("dockerd", "--bridge=none", "--iptables=false", "--data-root="+data, "--exec-root="+data+"/exec",
-		"--pidfile="+data+"/pid", "--storage-driver=overlay2", "--add-runtime", "imans="+wrapperDir+"/imans-runc")
-	var said bytes.Buffer
-	daemon.Stdout, daemon.Stderr = &said, &said
-	if err := daemon.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			defer func() { t.Logf("dockerd said: %s", tail(said.String(), 3000)) }()
+	daemon := func(name string, args ...string) { // dockerd gives its own containerd eight seconds, which is not enough here
+		t.Helper()
+		cmd := exec.Command(name, args...)
+		var said bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &said, &said
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
 		}
-		exec.Command("docker", "rm", "--force", id).Run()
-		daemon.Process.Signal(os.Interrupt)
-		daemon.Wait()
-	})
+		t.Cleanup(func() {
+			cmd.Process.Signal(os.Interrupt)
+			cmd.Wait()
+			if t.Failed() {
+				t.Logf("%s said: %s", name, tail(said.String(), 3000))
+			}
+		})
+	}
+	socket := data + "/containerd.sock"
+	daemon("containerd", "--address="+socket, "--root="+data+"/containerd", "--state="+data+"/state")
+	sh(t, fmt.Sprintf("for i in $(seq 600); do [ -S %s ] && exit 0; sleep 0.2; done; exit 1", socket))
+	daemon("dockerd", "--bridge=none", "--iptables=false", "--data-root="+data+"/docker", "--exec-root="+data+"/exec",
+		"--pidfile="+data+"/pid", "--storage-driver=overlay2", "--containerd="+socket, "--add-runtime", "imans="+wrapperDir+"/imans-runc")
+	t.Cleanup(func() { exec.Command("docker", "rm", "--force", id).Run() })
 	sh(t, "for i in $(seq 300); do docker info >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1")
 	sh(t, fmt.Sprintf("tar -C %s -c . | docker import - tenant", root))
 	sh(t, fmt.Sprintf("docker run --detach --runtime imans --network none --security-opt apparmor=unconfined --volume /usr:/usr:ro --name %s tenant /bin/sh -c %q", id, tenantMain))
