@@ -77,22 +77,18 @@ func (g *Containers) provision(ctx context.Context, config vtpm.Config, ask oci.
 	return err
 }
 
-// created attaches the first TPM to the mount namespace of a process of the container.
+// created attaches the first TPM, if it is for the list, to the mount namespace of a process of the container.
 func (g *Containers) created(ctx context.Context, c *container, pid int) error {
 	var ns unix.Stat_t
 	if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/mnt", pid), &ns); err != nil {
 		return fmt.Errorf("find the mount namespace of process %d: %w", pid, err)
 	}
 	if view, err := g.Tree.Find(fmt.Sprint(ns.Ino)); c.State == created && err == nil && view.Info.NS.String() == c.Namespace {
-		return nil // told a second time
-	}
-	if c.State != prepared {
-		return fmt.Errorf("its TPM is not prepared, it is %s", c.State)
-	}
-	if c.Request.VTPMs[0].Version == "1.2" {
-		g.Log.Warn("a TPM 1.2 is the container's alone: its list is not extended into it", zap.String("container", c.id))
-		c.State = created
-		return c.record()
+		if c.Attached || !c.listTPM() {
+			return nil // told a second time
+		}
+	} else if c.State != prepared {
+		return fmt.Errorf("nothing is prepared for it, it is %s", c.State)
 	}
 	if err := g.attach(ctx, c, fmt.Sprint(ns.Ino)); err != nil {
 		return err
@@ -108,7 +104,7 @@ func (g *Containers) settle(ctx context.Context, c *container) {
 	defer cancel()
 	for _, name := range []string{c.Namespace, "native"} {
 		view, err := g.Tree.Find(name)
-		if err == nil {
+		if err == nil && view.List != nil {
 			err = view.List.Settle(ctx)
 		}
 		if err != nil {
@@ -132,17 +128,21 @@ func (g *Containers) attach(ctx context.Context, c *container, inum string) erro
 				return err
 			}
 		}
+		c.State, c.Namespace = created, name
+		if !c.listTPM() {
+			return c.record()
+		}
 		a, err := g.attachment(ctx, c)
 		if err != nil {
-			return err
+			return errors.Join(err, c.record())
 		}
 		// Commit point: from here on the tree ends the TPM, if the namespace has got it, and else the next look does.
-		c.State, c.Namespace = created, name
+		c.Attached = true
 		if err = c.record(); err == nil {
 			err = g.Tree.AttachTPM(ctx, view.Info.NS, a)
 		}
 		if err != nil {
-			c.State, c.Namespace = prepared, ""
+			c.Attached = false
 			return errors.Join(err, a.TPM.Close(), a.Instance.Close(), c.record())
 		}
 		return nil

@@ -20,7 +20,7 @@ type state string
 
 const (
 	prepared state = "prepared" // it may be created now
-	created  state = "created"  // its namespace has the first TPM
+	created  state = "created"  // its namespace is there
 	stopped  state = "stopped"  // it may be started again
 )
 
@@ -32,6 +32,7 @@ type life struct {
 	State     state       `json:"state"`
 	Since     time.Time   `json:"since"`               // of the request
 	Namespace string      `json:"namespace,omitempty"` // INUM:ID
+	Attached  bool        `json:"attached,omitempty"`  // the tree has the first TPM, and ends it
 	Deleted   bool        `json:"deleted,omitempty"`   // by the runtime
 }
 
@@ -107,7 +108,7 @@ func (g *Containers) stop(c *container) error {
 	found, err := g.running(c)
 	errs := []error{err}
 	for n, i := range found {
-		if n == 0 && c.State == created {
+		if n == 0 && c.Attached {
 			errs = append(errs, i.Close())
 		} else {
 			errs = append(errs, i.Stop())
@@ -116,11 +117,13 @@ func (g *Containers) stop(c *container) error {
 	return errors.Join(errs...)
 }
 
-// lives reports whether the namespace that has the container's first TPM is still there.
+// listTPM reports whether the container's first TPM is for its list.
+func (c *container) listTPM() bool {
+	return len(c.Request.VTPMs) > 0 && c.Request.VTPMs[0].Version != "1.2"
+}
+
+// lives reports whether the container's namespace is still there.
 func (g *Containers) lives(c *container) bool {
-	if c.Namespace == "" {
-		return false
-	}
 	_, err := g.Tree.Find(c.Namespace)
 	return err == nil
 }
@@ -158,7 +161,7 @@ func (g *Containers) look(c *container) error {
 			c.left = time.Now()
 		}
 		found, err := g.running(c)
-		first := found[0] != nil
+		first := found[0] != nil && c.Attached
 		for _, i := range found {
 			i.Close()
 		}
@@ -174,7 +177,7 @@ func (g *Containers) look(c *container) error {
 
 // halt ends all TPMs of the container, and notes that it has stopped.
 func (g *Containers) halt(c *container) error {
-	c.State, c.Namespace = stopped, ""
+	c.State, c.Namespace, c.Attached = stopped, "", false
 	if err := g.stop(c); err != nil {
 		return err
 	}

@@ -12,7 +12,7 @@
 // record before the grant is given out, so that a crash of the agent leaves nothing that the next one does not find.
 //
 // The first vTPM of a container is its list's: its namespace's entries, from the first on, are extended into it, and the native list
-// names it. Others are the container's alone.
+// names it. Others, and a first one of version 1.2, are the container's alone.
 package grant
 
 import (
@@ -133,7 +133,7 @@ func (g *Containers) find(id string) *container {
 
 // Prepare implements oci.Containers, as do the next ones.
 func (g *Containers) Prepare(ctx context.Context, r oci.Request) (oci.Grant, error) {
-	if !r.VTPM {
+	if !r.Wants() {
 		return g.window(oci.Grant{}), nil
 	}
 	g.mu.Lock()
@@ -175,7 +175,7 @@ func (g *Containers) prepare(ctx context.Context, c *container, r oci.Request) (
 			return oci.Grant{}, err
 		}
 	}
-	if len(r.VTPMs) == 0 {
+	if len(r.VTPMs) == 0 && r.VTPM {
 		r.VTPMs = []oci.VTPM{{}}
 	}
 	c.life = life{Request: r, State: prepared, Since: time.Now()}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -32,8 +33,8 @@ type tenant struct {
 
 // engines are what people start containers with.
 var engines = []engine{
-	{"runc", func(t *testing.T, root, id string) *tenant { return startBundle(t, "runc", root, id) }},
-	{"crun", func(t *testing.T, root, id string) *tenant { return startBundle(t, "crun", root, id) }},
+	{"runc", func(t *testing.T, root, id string) *tenant { return startBundle(t, "runc", root, id, nil) }},
+	{"crun", func(t *testing.T, root, id string) *tenant { return startBundle(t, "crun", root, id, nil) }},
 	{"podman", startPodman},
 	{"docker", startDocker},
 }
@@ -73,8 +74,8 @@ func ready(t *testing.T, c *tenant) *tenant {
 	}
 }
 
-// startBundle starts a container by a runtime itself.
-func startBundle(t *testing.T, runtime, root, id string) *tenant {
+// startBundle starts a container by a runtime itself, its spec as edit leaves it.
+func startBundle(t *testing.T, runtime, root, id string, edit func(spec map[string]any)) *tenant {
 	t.Helper()
 	bundle := filepath.Dir(root)
 	sh(t, fmt.Sprintf("cd %s && %s spec", bundle, runtime))
@@ -88,6 +89,9 @@ func startBundle(t *testing.T, runtime, root, id string) *tenant {
 	spec["root"] = map[string]any{"path": "rootfs", "readonly": false}
 	spec["annotations"] = map[string]string{"org.opencontainers.image.ref.name": "docker.io/library/" + id + ":1"}
 	spec["mounts"] = append(spec["mounts"].([]any), map[string]any{"destination": "/usr", "type": "bind", "source": "/usr", "options": []string{"bind", "ro"}})
+	if edit != nil {
+		edit(spec)
+	}
 	text, err := json.Marshal(spec)
 	if err != nil {
 		t.Fatal(err)
@@ -231,6 +235,59 @@ func TestVTPMInContainers(t *testing.T) {
 	}
 	if left, _ := filepath.Glob("/dev/tpm*[1-9]"); len(left) > 0 {
 		t.Errorf("devices left: %v", left)
+	}
+}
+
+// A container's spec asks for a policy and for several TPMs; they are there as asked, and go on through the agent's death.
+func TestVTPMAsked(t *testing.T) {
+	a := newAgent(t, "--namespaces", "containers")
+	policies := a.dir + "/policies"
+	sh(t, fmt.Sprintf("mkdir -p %[1]s && echo 'measure func=BPRM_CHECK fowner=7' >%[1]s/mine", policies))
+	a.args = append(a.args, "--policy-dir", policies)
+	a.start()
+	useWrapper(t, a)
+	c := startBundle(t, "runc", tenantRoot(t), "asks", func(spec map[string]any) {
+		for set, caps := range spec["process"].(map[string]any)["capabilities"].(map[string]any) {
+			spec["process"].(map[string]any)["capabilities"].(map[string]any)[set] = append(caps.([]any), "CAP_CHOWN")
+		}
+		spec["annotations"] = map[string]string{"imans.dev/policy": "mine", "imans.dev/required": "true"}
+		spec["linux"].(map[string]any)["resources"].(map[string]any)["vtpms"] = []map[string]any{
+			{"pcrBanks": "sha256", "vtpmVersion": "2"}, {"vtpmName": "tpm5"},
+		}
+	})
+	if got := c.sh("cd /dev && echo tpm*"); got != "tpm0 tpm5 tpmrm0 tpmrm5" {
+		t.Errorf("devices: %s", got)
+	}
+	if got := c.sh("tpm2_getcap -T device:/dev/tpmrm0 pcrs | grep -c ': \\[ [0-9]'"); got != "1" {
+		t.Errorf("%s banks have registers, want sha256 alone", got)
+	}
+	if got := c.sh("sed 's/ *$//' /sys/kernel/security/ima/policy"); got != "measure func=BPRM_CHECK fowner=7" {
+		t.Errorf("the policy is %q", got)
+	}
+	runs := func(name string) {
+		t.Helper()
+		c.sh(fmt.Sprintf("printf '#!/bin/sh\n# %[1]s\n' >/tmp/%[1]s; chmod 755 /tmp/%[1]s; chown 7 /tmp/%[1]s; /tmp/%[1]s", name))
+		if got := c.sh("cut -d ' ' -f 5 /sys/kernel/security/ima/ascii_runtime_measurements | tail -n 1"); got != "/tmp/"+name {
+			t.Errorf("the last entry is %q, want /tmp/%s", got, name)
+		}
+	}
+	second := func() string { return c.sh("tpm2_pcrread -T device:/dev/tpmrm5 sha256:16") }
+	runs("before")
+	c.sh("tpm2_pcrextend -T device:/dev/tpmrm5 16:sha256=" + strings.Repeat("5a", 32))
+	before := second()
+	a.signal(syscall.SIGKILL)
+	a.start()
+	runs("after")
+	if got := second(); got != before {
+		t.Errorf("PCR 16 of the second TPM was %s, is %s", before, got)
+	}
+	a.verifyNow(fmt.Sprint(mountNS(t, c.pid)))
+	a.removed(c)
+	if left, _ := filepath.Glob("/dev/tpm*[1-9]"); len(left) > 0 {
+		t.Errorf("devices left: %v", left)
+	}
+	if status, out := exits(t, wrapperDir+"/imans-runc", "run", "--bundle", filepath.Dir(tenantRoot(t)), "none"); status == 0 {
+		t.Errorf("a bundle without a spec: exit status %d: %s", status, out)
 	}
 }
 
