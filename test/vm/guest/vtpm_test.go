@@ -261,7 +261,7 @@ func TestVTPMAsked(t *testing.T) {
 	if got := c.sh("tpm2_getcap -T device:/dev/tpmrm0 pcrs | grep -c ': \\[ [0-9]'"); got != "1" {
 		t.Errorf("%s banks have registers, want sha256 alone", got)
 	}
-	if got := c.sh("sed 's/ *$//' /sys/kernel/security/ima/policy"); got != "measure func=BPRM_CHECK fowner=7" {
+	if got := strings.TrimSpace(a.cli("policy", "show", fmt.Sprint(mountNS(t, c.pid)))); got != "measure func=BPRM_CHECK fowner=7" {
 		t.Errorf("the policy is %q", got)
 	}
 	runs := func(name string) {
