@@ -61,15 +61,13 @@ func TestMainJobZOracle(t *testing.T) {
 	if err := os.WriteFile(kernelIMA+"policy", []byte(oraclePolicy()), 0o600); err != nil {
 		t.Fatalf("load the policy into the kernel: %v", err)
 	}
-	if _, err := a.client().Status(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	a.caughtUp()
 	for _, e := range a.list("native") {
 		before[identity(e)] = true
 	}
 	had := len(kernelList(t))
-	workload(t)
-	attributesWorkload(t)
+	a.workload(t)
+	a.attributesWorkload(t)
 	oursAfter := a.list("native")
 	theirs := kernelList(t)[had:]
 	ours := map[string]bool{}
@@ -107,8 +105,17 @@ func TestMainJobZOracle(t *testing.T) {
 	}
 }
 
+// caughtUp returns when the lists have all that ran before. What the agent itself reads of a file, it reads after the event: on a busy
+// machine that may be later than the next change, and then it says so instead of guessing.
+func (a *agent) caughtUp() {
+	a.t.Helper()
+	if _, err := a.client().Status(a.t.Context()); err != nil {
+		a.t.Fatal(err)
+	}
+}
+
 // workload runs what a list should tell apart: programs on several file systems, libraries, scripts, changed files.
-func workload(t *testing.T) {
+func (a *agent) workload(t *testing.T) {
 	t.Helper()
 	disk, memory := tempDir(t, "/root"), tempDir(t, "/tmp")
 	for i := range 80 {
@@ -134,6 +141,7 @@ func workload(t *testing.T) {
 	// Changed and run again: on disk, in memory, copied up.
 	for _, path := range []string{disk + "/p0", memory + "/p0", overlay + "/merged/p0", overlay + "/merged/new"} {
 		for version := range 2 {
+			a.caughtUp()
 			sh(t, fmt.Sprintf("sleep 0.05; printf again%d >>%s; sleep 0.05", version, path))
 			runProgram(t, path)
 			runProgram(t, path)
@@ -162,7 +170,7 @@ func workload(t *testing.T) {
 }
 
 // attributesWorkload runs files with all that templates show of one: extended attributes, owners, modes.
-func attributesWorkload(t *testing.T) {
+func (a *agent) attributesWorkload(t *testing.T) {
 	t.Helper()
 	overlay := tempDir(t, "/root")
 	sh(t, "cd "+overlay+" && mkdir lower upper work merged")
@@ -223,10 +231,12 @@ func attributesWorkload(t *testing.T) {
 			}
 			// Signed anew and run again, then with another mode: on an overlay that is an entry more where the template shows it.
 			path := fmt.Sprintf("%s/%d-signed", dir, i)
+			a.caughtUp()
 			if err := unix.Setxattr(path, "security.ima", []byte(blob(3, 2, 4)+"anew"), 0); err != nil {
 				t.Fatal(err)
 			}
 			runProgram(t, path)
+			a.caughtUp()
 			sh(t, "chmod 711 "+path)
 			runProgram(t, path)
 		}
