@@ -59,7 +59,7 @@ test-unit: ## run the unit tests, with the race detector where gcc is (RUN=regex
 test-vm: ## run the tests of the vm tag on stock kernels (RUN=regexp KERNEL=6.12 COVER=file SHORT=1)
 	@$(DEPS) go vm
 	go build -o bin/vmtest ./test/vm/cmd/vmtest
-	exec bin/vmtest -timeout $(if $(SHORT),30m,1h) $(VMFLAGS)
+	exec bin/vmtest -timeout 1h $(VMFLAGS)
 
 .PHONY: soak
 soak: ## run the tests of the vm tag with far more work (RUN=, KERNEL=)

@@ -24,7 +24,7 @@ var ErrNoProxy = errors.New("no vTPM proxy")
 var errDriverGaveUp = errors.New("the kernel gave up on swtpm, which takes too long to answer; start fewer at a time, and look at dmesg")
 
 // proxyTries is how often a device is made until it is registered.
-const proxyTries = 3
+const proxyTries = 8
 
 // Device is what the kernel made of an instance: two character devices of the host, until the instance ends.
 type Device struct {

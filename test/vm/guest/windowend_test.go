@@ -197,7 +197,7 @@ func (a *agent) memory() int {
 
 // Many namespaces at once, each with its own settings, do not disturb one another.
 func TestWindowMany(t *testing.T) {
-	t.Run("swtpm", func(t *testing.T) { manyNamespaces(t, sized(8, 10*runtime.NumCPU(), 200), "swtpm") })
+	t.Run("swtpm", func(t *testing.T) { manyNamespaces(t, sized(4, 10*runtime.NumCPU(), 200), "swtpm") })
 	if sized(0, 0, 1) > 0 { // as many vTPMs would not fit into the machine
 		t.Run("none", func(t *testing.T) { manyNamespaces(t, 1000, "none") })
 	}
