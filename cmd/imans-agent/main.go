@@ -7,6 +7,7 @@
 //	imans-agent measurements ID          a list
 //	imans-agent policy check|show|load   policies
 //	imans-agent verify FILE              replay a list and compare it with a PCR
+//	imans-agent vtpm attach|release ID   give a running container a vTPM, or take it away
 //	imans-agent runtime ARGS             be an OCI runtime that gives containers their vTPM
 //	imans-agent runtime-hook STAGE       what that runtime's hooks run
 //	imans-agent unload                   take the kernel side out and end the vTPMs
@@ -95,7 +96,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
 	})
-	root.AddCommand(newDoctor(), newNS(), newMeasurements(), newPolicy(), newVerify(), newUnload(), newRuntime(), newHook())
+	root.AddCommand(newDoctor(), newNS(), newMeasurements(), newPolicy(), newVerify(), newUnload(), newRuntime(), newHook(), newVTPM())
 	return root
 }
 

@@ -29,6 +29,7 @@ import (
 	"imans.dev/imans-agent/internal/measure"
 	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/policy"
+	"imans.dev/imans-agent/internal/reach"
 	"imans.dev/imans-agent/internal/tpmext"
 	"imans.dev/imans-agent/internal/vtpm"
 )
@@ -110,6 +111,8 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 	}
 	defer func() { err = errors.Join(err, kernel.Close()) }()
 	treeConfig.Kernel = kernel
+	ways := reach.New(log.Named("containers"))
+	treeConfig.OpenTPM = ways.Open
 	tree := namespace.New(treeConfig)
 	defer func() { err = errors.Join(err, tree.Close()) }()
 	if err := tree.Start(ctx); err != nil {
@@ -120,11 +123,11 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 			return err
 		}
 	}
-	return serve(ctx, c, kernel, tree, log)
+	return serve(ctx, c, kernel, tree, ways, log)
 }
 
 // serve runs the pump and the control socket until one fails or ctx ends.
-func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace.Tree, log *zap.Logger) error {
+func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace.Tree, ways *reach.Ways, log *zap.Logger) error {
 	p := newPump(kernel, tree, log)
 	if err := p.catchUp(ctx); err != nil {
 		return err
@@ -135,10 +138,10 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	var given *containers
 	if c.NSTPM == "swtpm" {
 		var err error
-		if given, err = openContainers(ctx, c, p, tree, log); err != nil {
+		if given, err = openContainers(ctx, c, p, tree, ways, log); err != nil {
 			return err
 		}
-		config.Containers = given.granted
+		config.Containers, config.Running = given.granted, given.granted
 	}
 	server, err := control.Listen(filepath.Join(c.RunDir, control.SocketName), config)
 	if err != nil {

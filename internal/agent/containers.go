@@ -10,9 +10,13 @@ import (
 
 	"go.uber.org/zap"
 
+	"imans.dev/imans-agent/internal/container"
+	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/grant"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/proc"
+	"imans.dev/imans-agent/internal/reach"
 	"imans.dev/imans-agent/internal/vtpm"
 )
 
@@ -26,7 +30,7 @@ type containers struct {
 }
 
 // openContainers finds what an earlier agent left. ctx is the agent's life.
-func openContainers(ctx context.Context, c Config, p *pump, tree *namespace.Tree, log *zap.Logger) (*containers, error) {
+func openContainers(ctx context.Context, c Config, p *pump, tree *namespace.Tree, ways *reach.Ways, log *zap.Logger) (*containers, error) {
 	authority, err := vtpm.OpenAuthority(filepath.Join(c.StateDir, "authority"))
 	if err != nil {
 		return nil, err
@@ -39,9 +43,15 @@ func openContainers(ctx context.Context, c Config, p *pump, tree *namespace.Tree
 	}
 	granted, err := grant.Open(grant.Config{
 		Dir: filepath.Join(c.StateDir, "containers"), Pool: pool, Authority: authority, Swtpm: c.Swtpm, User: c.SwtpmUser,
-		Tree: tree, Log: log.Named("containers"),
-		Do:   func(_ context.Context, change func(context.Context) error) error { return p.do(ctx, change) },
-		Load: func(ctx context.Context, ns, name string) error { return loadNamed(ctx, tree, c.PolicyDir, ns, name) },
+		Tree: tree, Ways: ways, Log: log.Named("containers"),
+		Do: func(_ context.Context, change func(context.Context) error) error { return p.do(ctx, change) },
+		Load: func(ctx context.Context, ns event.MountNS, name string) error {
+			return loadNamed(ctx, tree, c.PolicyDir, ns, name)
+		},
+		Process: func(inum uint32) (int, string, error) {
+			t, err := container.Process(inum)
+			return t.PID, proc.CgroupName(t.PID), err
+		},
 	})
 	return &containers{granted, pool}, err
 }
@@ -63,7 +73,7 @@ func fill(ctx context.Context, pool *vtpm.Pool, log *zap.Logger) error {
 }
 
 // loadNamed gives a namespace the rules of a file in the policies' folder. Ids are the host's.
-func loadNamed(ctx context.Context, tree *namespace.Tree, dir, ns, name string) error {
+func loadNamed(ctx context.Context, tree *namespace.Tree, dir string, ns event.MountNS, name string) error {
 	text, err := os.ReadFile(filepath.Join(dir, name))
 	if errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("policy %s: there is none in %s; put it there, or name another in the annotation", name, dir)
@@ -74,12 +84,8 @@ func loadNamed(ctx context.Context, tree *namespace.Tree, dir, ns, name string) 
 	if err != nil {
 		return fmt.Errorf("policy %s: %w", name, err)
 	}
-	view, err := tree.Find(ns)
-	if err != nil {
+	if err := tree.Activate(ctx, ns); err != nil {
 		return err
 	}
-	if err := tree.Activate(ctx, view.Info.NS); err != nil {
-		return err
-	}
-	return tree.AppendPolicy(ctx, view.Info.NS, rules, ima.InitialMaps())
+	return tree.AppendPolicy(ctx, ns, rules, ima.InitialMaps())
 }

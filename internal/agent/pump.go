@@ -20,9 +20,9 @@ const (
 	batchMax = 1024
 	// lossEvery is how often the loss counters are looked at while records come.
 	lossEvery = 250 * time.Millisecond
-	// kernelIMAEvery is how often the kernel's own IMA is looked at, and, while the pump sleeps, the loss counters too: each tick of
-	// an idle agent costs the machine as much as 600 measured files.
-	kernelIMAEvery = time.Second
+	// lookEvery is how often the kernel's own IMA and the vTPMs are looked at, and, while the pump sleeps, the loss counters too: each
+	// tick of an idle agent costs the machine as much as 600 measured files.
+	lookEvery = time.Second
 )
 
 // pump moves records from the kernel side into the tree, and gives them back once their entries are logged.
@@ -53,10 +53,10 @@ func (p *pump) catchUp(ctx context.Context) error {
 
 // run works until ctx ends. An error is fatal to the agent: what is not committed is read again by the next one.
 func (p *pump) run(ctx context.Context) error {
-	poll, loss, kernelIMA := time.NewTicker(pollEvery), time.NewTicker(lossEvery), time.NewTicker(kernelIMAEvery)
+	poll, loss, look := time.NewTicker(pollEvery), time.NewTicker(lossEvery), time.NewTicker(lookEvery)
 	defer poll.Stop()
 	defer loss.Stop()
-	defer kernelIMA.Stop()
+	defer look.Stop()
 	for empty := 0; ; {
 		var err error
 		var sleep chan struct{}
@@ -84,7 +84,8 @@ func (p *pump) run(ctx context.Context) error {
 			_, err = p.batch(ctx)
 		case <-loss.C:
 			err = p.losses(ctx)
-		case <-kernelIMA.C:
+		case <-look.C:
+			p.tree.LostTPMs(ctx)
 			if err = p.watchKernelIMA(); err == nil && empty > sleepAfter {
 				err = p.losses(ctx)
 			}

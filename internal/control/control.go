@@ -16,6 +16,8 @@
 //	POST /v1/namespaces/NAME/activate        makes it an IMA namespace of its own
 //	POST /v1/namespaces/NAME/window          mounts its window over /sys/kernel/security in it
 //	DELETE /v1/namespaces/NAME/window        takes that away again
+//	POST /v1/namespaces/NAME/vtpm            gives its list a vTPM, which its programs reach by socket
+//	DELETE /v1/namespaces/NAME/vtpm          takes the vTPM away that its list was given
 //	POST /v1/containers                      asks what a container that is about to be created is granted
 //	POST /v1/containers/ID/created           says which process is in its namespaces
 //	POST /v1/containers/ID/stopped           says that its processes have ended
@@ -54,6 +56,7 @@ type Server struct {
 	parse      func([]byte) (*policy.Policy, error)
 	windowDir  string // where the window is mounted in the agent's namespace
 	containers oci.Containers
+	running    Running
 	log        *zap.Logger
 	path       string
 	listener   net.Listener
@@ -70,8 +73,9 @@ type Config struct {
 	// ParseRules parses rules that a namespace is given, and refuses what the agent does not do.
 	ParseRules func([]byte) (*policy.Policy, error)
 	WindowDir  string // where the agent has the window mounted
-	// Containers grants containers what they need; nil: nothing, and runtimes are told so.
+	// Containers grants containers what they need before they are created, Running while they run; nil: nothing, and who asks is told.
 	Containers oci.Containers
+	Running    Running
 	Log        *zap.Logger
 }
 
@@ -92,7 +96,7 @@ func Listen(path string, c Config) (*Server, error) {
 		return nil, errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
 	}
 	s := &Server{
-		tree: c.Tree, do: c.Do, parse: c.ParseRules, windowDir: c.WindowDir, containers: c.Containers, log: c.Log, path: path, listener: listener,
+		tree: c.Tree, do: c.Do, parse: c.ParseRules, windowDir: c.WindowDir, containers: c.Containers, running: c.Running, log: c.Log, path: path, listener: listener,
 	}
 	mux := http.NewServeMux()
 	for pattern, handler := range s.routes() {
@@ -119,6 +123,8 @@ func (s *Server) routes() map[string]http.HandlerFunc {
 		"GET /v1/namespaces/{name}/measurements": s.measurements,
 		"POST /v1/namespaces/{name}/window":      s.onlyHost(s.attachWindow),
 		"DELETE /v1/namespaces/{name}/window":    s.onlyHost(s.detachWindow),
+		"POST /v1/namespaces/{name}/vtpm":        s.onlyHost(s.attachVTPM),
+		"DELETE /v1/namespaces/{name}/vtpm":      s.onlyHost(s.releaseVTPM),
 		"POST /v1/containers":                    s.withContainers(s.prepareContainer),
 		"POST /v1/containers/{id}/created":       s.withContainers(s.containerCreated),
 		"POST /v1/containers/{id}/stopped":       s.withContainers(s.containerStopped),

@@ -6,14 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/proc"
 )
 
 // Namespace is one mount namespace, as JSON has it.
@@ -71,7 +70,7 @@ type Entry struct {
 func jsonNamespace(i namespace.Info) Namespace {
 	n := Namespace{
 		Inum: i.NS.Inum, ID: i.NS.ID, Depth: i.Depth, Origin: i.Origin, Born: i.Born.UTC().Format(time.RFC3339),
-		PID: i.Leader.TGID, Container: cgroupName(i.Leader.TGID), Entered: i.Entered, Entries: i.Status.Entries,
+		PID: i.Leader.TGID, Container: proc.CgroupName(int(i.Leader.TGID)), Entered: i.Entered, Entries: i.Status.Entries,
 		Extended: i.Status.Extended, Violations: i.Status.Violations, PCR: i.PCR, TPM: i.TPM, Rules: i.Rules,
 	}
 	if !i.Parent.IsZero() {
@@ -94,24 +93,6 @@ func jsonNamespace(i namespace.Info) Namespace {
 		n.Trouble = trouble.Error()
 	}
 	return n
-}
-
-// cgroupName returns the last part of a process's control group, which container runtimes name by the container's id. Claimed by
-// whoever made the group; no list vouches for it.
-func cgroupName(pid uint32) string {
-	if pid == 0 {
-		return ""
-	}
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil {
-		return ""
-	}
-	for line := range strings.Lines(string(b)) {
-		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
-			return strings.TrimSuffix(path[strings.LastIndexByte(path, '/')+1:], ".scope")
-		}
-	}
-	return ""
 }
 
 func (s *Server) status(w http.ResponseWriter, _ *http.Request) {

@@ -9,6 +9,8 @@ package event
 
 import (
 	"fmt"
+	"strconv"
+	"strings"
 	"time"
 
 	"imans.dev/imans-agent/internal/ima"
@@ -23,6 +25,23 @@ type MountNS struct {
 
 // String returns "inum:id".
 func (n MountNS) String() string { return fmt.Sprintf("%d:%d", n.Inum, n.ID) }
+
+// MarshalText implements encoding.TextMarshaler: "inum:id".
+func (n MountNS) MarshalText() ([]byte, error) { return []byte(n.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (n *MountNS) UnmarshalText(text []byte) error {
+	inum, id, _ := strings.Cut(string(text), ":")
+	i, err := strconv.ParseUint(inum, 10, 32)
+	if err != nil {
+		return fmt.Errorf("mount namespace %q: want INUM:ID", text)
+	}
+	n.Inum = uint32(i)
+	if n.ID, err = strconv.ParseUint(id, 10, 64); err != nil {
+		return fmt.Errorf("mount namespace %q: want INUM:ID", text)
+	}
+	return nil
+}
 
 // IsZero reports whether n names no namespace.
 func (n MountNS) IsZero() bool { return n == MountNS{} }

@@ -8,13 +8,13 @@ import (
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/binding"
+	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/oci"
-	"imans.dev/imans-agent/internal/tpmext"
+	"imans.dev/imans-agent/internal/reach"
 	"imans.dev/imans-agent/internal/vtpm"
 )
 
@@ -25,6 +25,7 @@ const attachTimeout = 5 * time.Second
 const settleTimeout = 10 * time.Second
 
 // start starts the container's n-th TPM, or finds it running. The first time it gets an identity; later it has what it had.
+// Where the machine has no vTPM proxy it is by socket, which the container's record says.
 func (g *Containers) start(ctx context.Context, c *container, n int) (vtpm.Device, error) {
 	ask, config := c.Request.VTPMs[n], g.config(c, n)
 	if ask.EncryptionPassword != "" {
@@ -42,15 +43,31 @@ func (g *Containers) start(ctx context.Context, c *container, n int) (vtpm.Devic
 		return vtpm.Device{}, err
 	}
 	if i == nil {
-		if i, err = vtpm.Start(ctx, config); err != nil {
+		i, err = vtpm.Start(ctx, config)
+		if errors.Is(err, vtpm.ErrNoProxy) {
+			i, err = g.startBySocket(ctx, c, config, err)
+		}
+		if err != nil {
 			return vtpm.Device{}, err
 		}
 	}
 	device, ok := i.Device()
-	if err := i.Close(); err != nil || !ok {
-		return vtpm.Device{}, errors.Join(fmt.Errorf("the vTPM in %s is no device", config.Dir), err)
+	c.Socket = !ok
+	return device, i.Close()
+}
+
+// startBySocket starts the container's only TPM where there is no proxy, for the reason given.
+func (g *Containers) startBySocket(ctx context.Context, c *container, config vtpm.Config, reason error) (*vtpm.Instance, error) {
+	if len(c.Request.VTPMs) > 1 || config.Version == vtpm.TPM12 {
+		return nil, fmt.Errorf("%w; by socket a container has one TPM, of version 2.0", reason)
 	}
-	return device, nil
+	c.Socket, config.Proxy = true, false
+	// Commit point: from here on the next agent knows the way.
+	if err := c.record(); err != nil {
+		return nil, err
+	}
+	g.Log.Info("a container's vTPM is reached by socket", zap.String("container", c.id), zap.NamedError("why", reason))
+	return vtpm.Start(ctx, config)
 }
 
 // provision gives a folder that has none an identity: one of the pool's, unless something else is asked for.
@@ -79,18 +96,19 @@ func (g *Containers) provision(ctx context.Context, config vtpm.Config, ask oci.
 
 // created attaches the first TPM, if it is for the list, to the mount namespace of a process of the container.
 func (g *Containers) created(ctx context.Context, c *container, pid int) error {
-	var ns unix.Stat_t
-	if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/mnt", pid), &ns); err != nil {
-		return fmt.Errorf("find the mount namespace of process %d: %w", pid, err)
+	inum, err := reach.MountNS(pid)
+	if err != nil {
+		return err
 	}
-	if view, err := g.Tree.Find(fmt.Sprint(ns.Ino)); c.State == created && err == nil && view.Info.NS.String() == c.Namespace {
+	if view, err := g.Tree.Lookup(event.MountNS{Inum: inum}); c.State == created && err == nil && view.Info.NS == c.Namespace {
 		if c.Attached || !c.listTPM() {
 			return nil // told a second time
 		}
 	} else if c.State != prepared {
 		return fmt.Errorf("nothing is prepared for it, it is %s", c.State)
 	}
-	if err := g.attach(ctx, c, fmt.Sprint(ns.Ino)); err != nil {
+	c.PID = pid
+	if err := g.attach(ctx, c, inum); err != nil {
 		return err
 	}
 	g.settle(ctx, c)
@@ -102,7 +120,7 @@ func (g *Containers) created(ctx context.Context, c *container, pid int) error {
 func (g *Containers) settle(ctx context.Context, c *container) {
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
-	for _, name := range []string{c.Namespace, "native"} {
+	for _, name := range []string{c.Namespace.String(), "native"} {
 		view, err := g.Tree.Find(name)
 		if err == nil && view.List != nil {
 			err = view.List.Settle(ctx)
@@ -113,22 +131,22 @@ func (g *Containers) settle(ctx context.Context, c *container) {
 	}
 }
 
-// attach gives the first TPM to a mount namespace, named by its inode number.
-func (g *Containers) attach(ctx context.Context, c *container, inum string) error {
+// attach gives the first TPM to the mount namespace with that inode number.
+func (g *Containers) attach(ctx context.Context, c *container, inum uint32) error {
 	return g.Do(ctx, func(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, attachTimeout)
 		defer cancel()
-		view, err := g.Tree.Find(inum)
+		view, err := g.Tree.Lookup(event.MountNS{Inum: inum})
 		if err != nil {
 			return err
 		}
-		name := view.Info.NS.String()
+		ns := view.Info.NS
 		if c.Request.Policy != "" {
-			if err := g.Load(ctx, name, c.Request.Policy); err != nil {
+			if err := g.Load(ctx, ns, c.Request.Policy); err != nil {
 				return err
 			}
 		}
-		c.State, c.Namespace = created, name
+		c.State, c.Namespace = created, ns
 		if !c.listTPM() {
 			return c.record()
 		}
@@ -136,14 +154,19 @@ func (g *Containers) attach(ctx context.Context, c *container, inum string) erro
 		if err != nil {
 			return errors.Join(err, c.record())
 		}
+		if c.Socket {
+			if err := g.serve(ctx, c, view.Info.PCR); err != nil {
+				return errors.Join(err, closeAttachment(a), c.record())
+			}
+		}
 		// Commit point: from here on the tree ends the TPM, if the namespace has got it, and else the next look does.
 		c.Attached = true
 		if err = c.record(); err == nil {
-			err = g.Tree.AttachTPM(ctx, view.Info.NS, a)
+			err = g.Tree.AttachTPM(ctx, ns, a)
 		}
 		if err != nil {
 			c.Attached = false
-			return errors.Join(err, a.TPM.Close(), a.Instance.Close(), c.record())
+			return errors.Join(err, closeAttachment(a), c.record())
 		}
 		return nil
 	})
@@ -157,6 +180,12 @@ func (g *Containers) attachment(ctx context.Context, c *container) (namespace.At
 		return a, err
 	}
 	a.Binding = binding.Attach{TPM: binding.TPM20, Way: binding.Proxy, Container: c.id, Image: c.Request.Image}
+	if c.Socket {
+		a.Binding.Way = binding.Socket
+	}
+	if c.byHand() {
+		a.Binding.Container = c.Of
+	}
 	if a.Binding.EK, err = binding.ParseName(id.EK); err != nil {
 		return a, err
 	}
@@ -171,8 +200,36 @@ func (g *Containers) attachment(ctx context.Context, c *container) (namespace.At
 	if a.Instance, err = vtpm.Adopt(a.Config); err != nil {
 		return a, err
 	}
-	if a.TPM, err = tpmext.Open(ctx, a.Instance.Address()); err != nil {
+	if a.TPM, a.Share, err = g.Ways.Open(ctx, a.Instance); err != nil {
 		return a, errors.Join(err, a.Instance.Close())
 	}
 	return a, nil
+}
+
+// closeAttachment lets go of a TPM that was not attached; it goes on.
+func closeAttachment(a namespace.Attachment) error {
+	err := a.TPM.Close()
+	if a.Share != nil {
+		err = errors.Join(err, a.Share.Close())
+	}
+	return errors.Join(err, a.Instance.Close())
+}
+
+// serve lets the container's programs use its TPM, which is open, by socket.
+func (g *Containers) serve(ctx context.Context, c *container, pcr int) error {
+	return g.Ways.Serve(ctx, g.config(c, 0).Dir, reach.Process{PID: c.PID, Inum: c.Namespace.Inum}, pcr)
+}
+
+// serveAgain is serve for a container that an earlier agent served, or that had an accident.
+func (g *Containers) serveAgain(c *container) error {
+	view, err := g.Tree.Lookup(c.Namespace)
+	if err != nil {
+		return nil // it ends
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), attachTimeout)
+	defer cancel()
+	if err := g.serve(ctx, c, view.Info.PCR); err != nil {
+		return fmt.Errorf("its programs can't reach it: %w", err)
+	}
+	return nil
 }

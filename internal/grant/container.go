@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/oci"
 	"imans.dev/imans-agent/internal/vtpm"
 )
@@ -28,12 +29,15 @@ const recordName = "container.json"
 
 // life is what a container's folder says of it.
 type life struct {
-	Request   oci.Request `json:"request"`
-	State     state       `json:"state"`
-	Since     time.Time   `json:"since"`               // of the request
-	Namespace string      `json:"namespace,omitempty"` // INUM:ID
-	Attached  bool        `json:"attached,omitempty"`  // the tree has the first TPM, and ends it
-	Deleted   bool        `json:"deleted,omitempty"`   // by the runtime
+	Request   oci.Request   `json:"request"`
+	State     state         `json:"state"`
+	Since     time.Time     `json:"since"` // of the request
+	Namespace event.MountNS `json:"namespace,omitzero"`
+	PID       int           `json:"pid,omitempty"`      // of a process in its namespaces
+	Attached  bool          `json:"attached,omitempty"` // the tree has the first TPM, and ends it
+	Deleted   bool          `json:"deleted,omitempty"`  // by the runtime
+	Socket    bool          `json:"socket,omitempty"`   // its TPM is no device: its programs reach it in their network namespace
+	Of        string        `json:"of,omitempty"`       // id of the running container that it was attached to by hand, if that has one
 }
 
 // container is one that was granted TPMs. Its methods are called with mu held.
@@ -73,7 +77,7 @@ func (c *container) record() error {
 // config says where the container's n-th TPM lives.
 func (g *Containers) config(c *container, n int) vtpm.Config {
 	ask := c.Request.VTPMs[n]
-	config := vtpm.Config{Program: g.Swtpm, User: g.User, Proxy: true, Dir: filepath.Join(c.dir, fmt.Sprintf("tpm%d", n))}
+	config := vtpm.Config{Program: g.Swtpm, User: g.User, Proxy: !c.Socket, Dir: filepath.Join(c.dir, fmt.Sprintf("tpm%d", n))}
 	if ask.StatePath != "" {
 		config.Dir = ask.StatePath
 	}
@@ -124,7 +128,7 @@ func (c *container) listTPM() bool {
 
 // lives reports whether the container's namespace is still there.
 func (g *Containers) lives(c *container) bool {
-	_, err := g.Tree.Find(c.Namespace)
+	_, err := g.Tree.Lookup(c.Namespace)
 	return err == nil
 }
 
@@ -169,6 +173,8 @@ func (g *Containers) look(c *container) error {
 			return err
 		}
 		return g.halt(c)
+	case c.State == created && c.Attached && c.Socket:
+		return g.serveAgain(c)
 	case c.State == stopped && c.Deleted && !c.Request.MayReturn():
 		return g.drop(c)
 	}
@@ -177,7 +183,7 @@ func (g *Containers) look(c *container) error {
 
 // halt ends all TPMs of the container, and notes that it has stopped.
 func (g *Containers) halt(c *container) error {
-	c.State, c.Namespace, c.Attached = stopped, "", false
+	c.State, c.Namespace, c.Attached = stopped, event.MountNS{}, false
 	if err := g.stop(c); err != nil {
 		return err
 	}

@@ -28,8 +28,10 @@ import (
 	"go.uber.org/zap"
 
 	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/oci"
+	"imans.dev/imans-agent/internal/reach"
 	"imans.dev/imans-agent/internal/vtpm"
 )
 
@@ -55,9 +57,12 @@ type Config struct {
 	Tree      *namespace.Tree
 	// Do changes the tree when all that is recorded is in the lists. It returns early only when the agent ends.
 	Do func(context.Context, func(context.Context) error) error
-	// Load gives a namespace, INUM:ID, the rules of a policy by its name. It is called within Do.
-	Load func(ctx context.Context, namespace, policy string) error
-	Log  *zap.Logger
+	// Load gives a namespace the rules of a policy by its name. It is called within Do.
+	Load func(ctx context.Context, ns event.MountNS, policy string) error
+	// Process finds a process of the mount namespace with that inode number, and the id of its container, if it has one.
+	Process func(inum uint32) (pid int, container string, err error)
+	Ways    *reach.Ways // by which the tree opens vTPMs
+	Log     *zap.Logger
 }
 
 // Containers grants containers what they ask for. All its methods may be called from several goroutines.
@@ -131,19 +136,38 @@ func (g *Containers) find(id string) *container {
 	return g.known[id]
 }
 
+// lock returns a container by its id, locked; nil: it is not known.
+func (g *Containers) lock(id string) *container {
+	for c := g.find(id); c != nil; c = g.find(id) {
+		c.mu.Lock()
+		if g.find(id) == c {
+			return c
+		}
+		c.mu.Unlock() // dropped meanwhile
+	}
+	return nil
+}
+
+// take is lock, for one that need not be known.
+func (g *Containers) take(id string) *container {
+	for {
+		g.mu.Lock()
+		if g.known[id] == nil {
+			g.known[id] = &container{id: id, dir: filepath.Join(g.Dir, id)}
+		}
+		g.mu.Unlock()
+		if c := g.lock(id); c != nil {
+			return c
+		}
+	}
+}
+
 // Prepare implements oci.Containers, as do the next ones.
 func (g *Containers) Prepare(ctx context.Context, r oci.Request) (oci.Grant, error) {
 	if !r.Wants() {
 		return g.window(oci.Grant{}), nil
 	}
-	g.mu.Lock()
-	c := g.known[r.ID]
-	if c == nil {
-		c = &container{id: r.ID, dir: filepath.Join(g.Dir, r.ID)}
-		g.known[r.ID] = c
-	}
-	g.mu.Unlock()
-	c.mu.Lock()
+	c := g.take(r.ID)
 	defer c.mu.Unlock()
 	first := c.State == ""
 	grant, err := g.prepare(ctx, c, r)
@@ -189,6 +213,10 @@ func (g *Containers) prepare(ctx context.Context, c *container, r oci.Request) (
 		if err != nil {
 			return oci.Grant{}, err
 		}
+		if c.Socket {
+			grant.Env = reach.Environment()
+			continue
+		}
 		devices, err := nodes(device, name(n, ask), r)
 		if err != nil {
 			return oci.Grant{}, err
@@ -231,11 +259,10 @@ func nodes(d vtpm.Device, name string, r oci.Request) ([]oci.Device, error) {
 
 // Created attaches the container's first TPM to its mount namespace.
 func (g *Containers) Created(ctx context.Context, id string, pid int) error {
-	c := g.find(id)
+	c := g.lock(id)
 	if c == nil {
 		return fmt.Errorf("container %s was granted nothing; its runtime is to ask before it creates it", id)
 	}
-	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := g.created(ctx, c, pid); err != nil {
 		return fmt.Errorf("container %s: %w", id, err)
@@ -245,22 +272,20 @@ func (g *Containers) Created(ctx context.Context, id string, pid int) error {
 
 // Stopped ends the TPMs that do not end with the namespace.
 func (g *Containers) Stopped(_ context.Context, id string) error {
-	c := g.find(id)
+	c := g.lock(id)
 	if c == nil {
 		return nil
 	}
-	c.mu.Lock()
 	defer c.mu.Unlock()
 	return g.stop(c)
 }
 
 // Removed takes note that the container will not be started again; Run does the rest.
 func (g *Containers) Removed(_ context.Context, id string) error {
-	c := g.find(id)
+	c := g.lock(id)
 	if c == nil {
 		return nil
 	}
-	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.Deleted = true
 	return c.record()

@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/oci"
 	"imans.dev/imans-agent/internal/vtpm"
@@ -119,7 +120,7 @@ func TestLook(t *testing.T) {
 		}
 	}
 	ask := oci.Request{ID: "c", VTPM: true, Homes: []string{home}, VTPMs: []oci.VTPM{{}, {StatePath: own}, {StatePath: theirs, StatePathIsManaged: true}}}
-	c := leave(t, g, life{Request: ask, State: created, Namespace: "4026532000:9"})
+	c := leave(t, g, life{Request: ask, State: created, Namespace: event.MountNS{Inum: 4026532000, ID: 9}})
 	look := func(want state) {
 		t.Helper()
 		if err := g.look(c); err != nil || c.State != want {

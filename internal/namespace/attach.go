@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -31,6 +32,7 @@ var (
 // Attachment is a vTPM for a namespace's list. The caller has started it, and nothing has been extended in it.
 type Attachment struct {
 	TPM      *tpmext.TPM
+	Share    io.Closer // of the vTPM with the namespace's programs; closed after TPM, before Instance is ended; nil: they have its device
 	Instance *vtpm.Instance
 	Config   vtpm.Config // by which vtpm.Adopt finds the instance after a restart; it is written to the namespace's folder
 	Keep     bool        // what the instance keeps in its folder outlives it
@@ -73,8 +75,8 @@ func (f *attachedFile) restore() (*attached, error) {
 
 // AttachTPM gives a namespace's list a vTPM in place of what it has, which is ended. The namespace is made active, with the policy for
 // new namespaces, if it is not. When AttachTPM returns, the native list names the vTPM, on disk, and the vTPM gets the namespace's
-// whole list, in order, and nothing else gets any of it; View.List.Settle, of either list, waits for their TPMs. TPM and Instance are
-// the tree's from then on. After an error they are the caller's, and the list goes on with what it had; if the native list named
+// whole list, in order, and nothing else gets any of it; View.List.Settle, of either list, waits for their TPMs. TPM, Share and Instance
+// are the tree's from then on. After an error they are the caller's, and the list goes on with what it had; if the native list named
 // the vTPM already, it also says that it was released.
 //
 // Errors: ErrEnded, ErrAttached, measure.ErrForeign for a vTPM that was used, and what ended one of the lists. Like all that changes
@@ -101,7 +103,7 @@ func (t *Tree) AttachTPM(ctx context.Context, ns event.MountNS, a Attachment) er
 	}
 	began := s.list == nil
 	s.given++
-	s.attached = &attached{Attachment: a, buffer: buffer}
+	s.setAttached(&attached{Attachment: a, buffer: buffer})
 	if err := s.attach(ctx); err != nil {
 		return errors.Join(fmt.Errorf("attach vTPM to namespace %v: %w", ns, err), s.withdraw(began))
 	}
@@ -110,6 +112,12 @@ func (t *Tree) AttachTPM(ctx context.Context, ns event.MountNS, a Attachment) er
 	s.setInstance(a.Instance)
 	t.log.Info("vTPM attached", zap.Stringer("ns", ns), zap.Stringer("binding", a.Binding.ID), zap.Stringer("AK", a.Binding.AK))
 	return nil
+}
+
+func (s *State) setAttached(a *attached) {
+	s.tree.mu.Lock()
+	defer s.tree.mu.Unlock()
+	s.attached = a
 }
 
 // readyForTPM makes the namespace active, and looks at the TPM if there is a list.
@@ -189,7 +197,7 @@ func (s *State) withdraw(began bool) error {
 		}
 		errs = append(errs, err)
 	}
-	s.attached = nil
+	s.setAttached(nil)
 	if began && s.list != nil {
 		errs = append(errs, s.list.Close())
 		s.tree.mu.Lock()
@@ -259,6 +267,14 @@ func (t *Tree) appendNative(name string, buffer []byte) (measure.Receipt, error)
 		return measure.Receipt{}, err
 	}
 	return t.native.list.Append(e), nil
+}
+
+// closeShare ends the sharing of the vTPM: then nobody is connected to it, and it can be shut down.
+func (a *attached) closeShare() error {
+	if a == nil || a.Share == nil {
+		return nil
+	}
+	return a.Share.Close()
 }
 
 // remove deletes what the vTPM kept, unless it is to be kept.

@@ -161,5 +161,5 @@ func (s *State) release() error {
 	if s.tpm != nil {
 		errs = append(errs, s.tpm.Close())
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, s.attached.closeShare())...)
 }

@@ -23,6 +23,7 @@ type Info struct {
 	PCR      int
 	TPM      string // address; "" without one, or before the first entry
 	Software bool   // its TPM, if it has one, is a program
+	Attached bool   // its TPM is a vTPM that it was given by AttachTPM
 	Active   bool   // it is an IMA namespace, and does not share its parent's fate
 	Listed   bool   // it has a list
 	Status   measure.Status
@@ -57,7 +58,7 @@ func (s *State) info(depth int) Info {
 	i := Info{
 		NS: s.ns, Parent: s.parentNS(), Depth: depth, Origin: s.origin, Born: s.born, Leader: s.leader, Entered: s.entered,
 		PCR: s.pcr, Active: s.active, Listed: s.list != nil, Rules: len(s.policy.Rules()), Template: s.template, Algo: s.algo, IDs: s.ids,
-		Software: s.parent != nil,
+		Software: s.parent != nil, Attached: s.attached != nil,
 	}
 	if s.list != nil {
 		i.Status = s.list.Status()
@@ -123,13 +124,15 @@ func (s *State) view() View {
 func (t *Tree) Lookup(ns event.MountNS) (View, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	var found *State
-	for _, s := range t.states {
-		if s.ns.Inum == ns.Inum && (s.ns.ID == ns.ID || ns.ID == 0 && (found == nil || s.ns.ID > found.ns.ID)) {
-			found = s
+	found := t.states[ns.ID]
+	if ns.ID == 0 {
+		for _, s := range t.states {
+			if s.ns.Inum == ns.Inum && (found == nil || s.ns.ID > found.ns.ID) {
+				found = s
+			}
 		}
 	}
-	if found == nil {
+	if found == nil || found.ns.Inum != ns.Inum {
 		return View{}, ErrEnded
 	}
 	return found.view(), nil

@@ -14,7 +14,6 @@ import (
 	"imans.dev/imans-agent/internal/binding"
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/measure"
-	"imans.dev/imans-agent/internal/tpmext"
 	"imans.dev/imans-agent/internal/vtpm"
 )
 
@@ -60,10 +59,11 @@ func (s *State) releaseTPM(ctx context.Context, cause binding.Cause) error {
 		return err
 	}
 	a, tpm, instance := s.attached, s.tpm, s.swtpm
-	s.attached, s.tpm = nil, nil
+	s.setAttached(nil)
+	s.tpm = nil
 	s.setInstance(nil)
 	s.tree.finishing.Go(func() {
-		if err := errors.Join(closeTPM(tpm), stopInstance(instance), a.remove()); err != nil {
+		if err := errors.Join(closeTPM(tpm), a.closeShare(), stopInstance(instance), a.remove()); err != nil {
 			s.tree.log.Warn("end of a vTPM that was released", zap.Stringer("ns", s.ns), zap.Error(err))
 		}
 	})
@@ -181,7 +181,7 @@ func (s *State) adoptAttached(ctx context.Context) error {
 		return nil
 	}
 	s.setInstance(instance)
-	if s.tpm, err = tpmext.Open(ctx, instance.Address()); err == nil {
+	if s.tpm, s.attached.Share, err = s.tree.config.OpenTPM(ctx, instance); err == nil {
 		return nil
 	}
 	s.tpm = nil

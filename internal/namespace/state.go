@@ -45,6 +45,7 @@ type State struct {
 	generation uint64         // of the chain's policies
 	list       *measure.List  // nil until the first entry
 	swtpm      *vtpm.Instance // nil: none yet, or lost
+	attached   *attached      // the vTPM that it was given; nil: none, or one of its own; read without the lock by who writes it
 	leader     event.Process  // the first process seen in it
 	entered    int            // processes that came in from outside
 
@@ -53,9 +54,8 @@ type State struct {
 	requests []request           // for clones that are to be active
 	marks    []event.MeasuredKey // contents that the kernel side was told need no event any more
 	tpm      *tpmext.TPM
-	starting *start    // of a vTPM; nil: none was started by this agent
-	attached *attached // the vTPM that it was given; nil: none, or one of its own
-	given    uint32    // how many it was given so far
+	starting *start // of a vTPM; nil: none was started by this agent
+	given    uint32 // how many it was given so far
 	root     *digest.Root
 	writers  map[event.Content]bool // contents whose open writers are on record
 

@@ -18,6 +18,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"path/filepath"
 	"sort"
 	"sync"
@@ -32,6 +33,8 @@ import (
 	"imans.dev/imans-agent/internal/loader"
 	"imans.dev/imans-agent/internal/measure"
 	"imans.dev/imans-agent/internal/policy"
+	"imans.dev/imans-agent/internal/tpmext"
+	"imans.dev/imans-agent/internal/vtpm"
 )
 
 // Config says how namespaces are kept.
@@ -46,10 +49,12 @@ type Config struct {
 	NativeTPM    measure.TPM    // nil: the native list is not anchored
 	NativePCR    int
 	Swtpm        string // program; "": lists of namespaces are not anchored
-	Template     string
-	Algo         ima.HashAlgo
-	Kernel       *loader.Kernel
-	Log          *zap.Logger
+	// OpenTPM opens a vTPM that an earlier agent attached, as the Attachment's TPM and Share were opened; nil: none was shared.
+	OpenTPM  func(context.Context, *vtpm.Instance) (*tpmext.TPM, io.Closer, error)
+	Template string
+	Algo     ima.HashAlgo
+	Kernel   *loader.Kernel
+	Log      *zap.Logger
 }
 
 // Tree is the tree of mount namespaces.
@@ -83,6 +88,9 @@ const cacheSize = 65536
 
 // New makes an empty tree.
 func New(c Config) *Tree {
+	if c.OpenTPM == nil {
+		c.OpenTPM = openAlone
+	}
 	boot := sinceBoot()
 	ending, stop := context.WithCancel(context.Background())
 	return &Tree{

@@ -47,6 +47,16 @@ type Config struct {
 	Log       *zap.Logger
 }
 
+// Environment returns the variables, NAME=VALUE, by which programs find the TPM: those of the TCG software stack's tpm2-tools, and those
+// of IBM's stack, which evmctl uses.
+func Environment() []string {
+	host, port, _ := net.SplitHostPort(commandAddress)
+	return []string{
+		"TPM2TOOLS_TCTI=swtpm:host=" + host + ",port=" + port,
+		"TPM_INTERFACE_TYPE=socsim", "TPM_SERVER_TYPE=raw", "TPM_SERVER_NAME=" + host, "TPM_COMMAND_PORT=" + port,
+	}
+}
+
 // Server is the TPM of one container, in its network namespace.
 type Server struct {
 	tpm     *TPM

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/google/go-tpm/tpm2"
+
 	"imans.dev/imans-agent/internal/durable"
 	"imans.dev/imans-agent/internal/ima"
 )
@@ -23,6 +25,11 @@ const (
 	// put the endorsement keys that they make.
 	AKHandle = 0x81010100
 )
+
+// IdentityHandles returns the handles of what makes a provisioned TPM's identity.
+func IdentityHandles() []tpm2.TPMHandle {
+	return []tpm2.TPMHandle{EKHandle, EKCertificateIndex, AKHandle}
+}
 
 // Names in Config.Dir.
 const (

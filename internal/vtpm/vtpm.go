@@ -233,6 +233,9 @@ func (c Config) socketAddress() string {
 	return "unix:" + c.Socket
 }
 
+// Dir returns the instance's folder.
+func (i *Instance) Dir() string { return i.config.Dir }
+
 // PID returns the instance's process number.
 func (i *Instance) PID() int { return i.pid }
 
@@ -257,6 +260,24 @@ func (i *Instance) ended(timeout time.Duration) bool {
 			return err == nil && n > 0
 		}
 	}
+}
+
+// Ended returns the instances whose process has ended, by one system call for all of them.
+func Ended(all []*Instance) []*Instance {
+	fds := make([]unix.PollFd, len(all))
+	for n, i := range all {
+		fds[n] = unix.PollFd{Fd: int32(i.pidfd), Events: unix.POLLIN}
+	}
+	if n, err := unix.Poll(fds, 0); err != nil || n == 0 {
+		return nil // an interrupted look finds nothing; the next one does
+	}
+	var ended []*Instance
+	for n, fd := range fds {
+		if fd.Revents != 0 {
+			ended = append(ended, all[n])
+		}
+	}
+	return ended
 }
 
 // Close lets go of the instance without ending it.

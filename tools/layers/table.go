@@ -8,7 +8,7 @@ func layers() [][]string {
 		{"event", "policy", "imalog", "binding", "durable", "feature", "oci"},
 		{"loader", "digest", "tpmext", "verify"},
 		{"measure", "appraise", "vtpm", "tpmshare"},
-		{"namespace"},
+		{"namespace", "reach"},
 		{"imafs", "container", "grant", "nri", "attest"},
 		{"control"},
 		{"agent"},

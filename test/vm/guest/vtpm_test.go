@@ -194,6 +194,7 @@ grep PCR-10 /tmp/sha256`
 
 // Containers of each engine use a TPM of their own, and their lists verify against it inside.
 func TestVTPMInContainers(t *testing.T) {
+	sample(t, "6.12")
 	a := startAgent(t, "--namespaces", "containers")
 	useWrapper(t, a)
 	seen := map[string]string{}
@@ -240,6 +241,7 @@ func TestVTPMInContainers(t *testing.T) {
 
 // A container's spec asks for a policy and for several TPMs; they are there as asked, and go on through the agent's death.
 func TestVTPMAsked(t *testing.T) {
+	sample(t, "6.1")
 	a := newAgent(t, "--namespaces", "containers")
 	policies := a.dir + "/policies"
 	sh(t, fmt.Sprintf("mkdir -p %[1]s && echo 'measure func=BPRM_CHECK fowner=7' >%[1]s/mine", policies))

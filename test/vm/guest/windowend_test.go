@@ -197,6 +197,7 @@ func (a *agent) memory() int {
 
 // Many namespaces at once, each with its own settings, do not disturb one another.
 func TestWindowMany(t *testing.T) {
+	sample(t, "6.12")
 	t.Run("swtpm", func(t *testing.T) { manyNamespaces(t, sized(4, 10*runtime.NumCPU(), 200), "swtpm") })
 	if sized(0, 0, 1) > 0 { // as many vTPMs would not fit into the machine
 		t.Run("none", func(t *testing.T) { manyNamespaces(t, 1000, "none") })
@@ -220,11 +221,18 @@ func manyNamespaces(t *testing.T, many int, tpm string) {
 	var outs []*strings.Builder
 	wait := func(name string) {
 		t.Helper()
-		sh(t, fmt.Sprintf("for i in $(seq 2800); do [ $(ls %s/*/%s 2>/dev/null | wc -l) = %d ] && exit 0; sleep 0.1; done; exit 1", dir, name, many))
+		for deadline := time.Now().Add(5*time.Minute + time.Duration(many)*5*time.Second); ; time.Sleep(500 * time.Millisecond) {
+			if found, _ := filepath.Glob(dir + "/*/" + name); len(found) == many {
+				return
+			} else if time.Now().After(deadline) {
+				t.Fatalf("%d of %d are %s", len(found), many, name)
+			}
+		}
 	}
+	start, end := pipe(t, dir+"/start"), pipe(t, dir+"/end")
 	defer func() {
-		os.WriteFile(dir+"/start", nil, 0o600)
-		os.WriteFile(dir+"/end", nil, 0o600)
+		start.Close()
+		end.Close()
 		for _, cmd := range all {
 			cmd.Wait()
 		}
@@ -244,9 +252,7 @@ func manyNamespaces(t *testing.T, many int, tpm string) {
 		all, outs = append(all, cmd), append(outs, out)
 	}
 	wait("ready")
-	if err := os.WriteFile(dir+"/start", nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	start.Close()
 	wait("done")
 	for _, cmd := range all {
 		if name := fmt.Sprint(mountNS(t, cmd.Process.Pid)); tpm != "none" {
@@ -255,9 +261,7 @@ func manyNamespaces(t *testing.T, many int, tpm string) {
 			t.Errorf("namespace %s: %d entries, want boot_aggregate and 2", name, n)
 		}
 	}
-	if err := os.WriteFile(dir+"/end", nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	end.Close()
 	var ended sync.WaitGroup
 	for _, cmd := range all {
 		ended.Go(func() { cmd.Wait() })
@@ -278,8 +282,22 @@ func manyNamespaces(t *testing.T, many int, tpm string) {
 	}
 }
 
+// pipe makes a pipe, and is its writer until it is closed.
+func pipe(t *testing.T, path string) *os.File {
+	t.Helper()
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
 // What ended namespaces measured is in the archive, and verifies there without anything else. What can't be archived is kept.
 func TestWindowArchive(t *testing.T) {
+	sample(t, "6.1")
 	a := newAgent(t, "--namespaces", "all")
 	archive := a.dir + "/archive"
 	a.args = append(a.args, "--archive", archive)

@@ -21,6 +21,7 @@ import (
 
 // Who asks the agent from a namespace learns of that one alone, and can do nothing to others.
 func TestWindowSocket(t *testing.T) {
+	sample(t, "6.12")
 	a := startAgent(t, "--namespaces", "all")
 	other := exec.Command("unshare", "--mount", "sleep", "1000")
 	if err := other.Start(); err != nil {

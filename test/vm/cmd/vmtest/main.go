@@ -88,7 +88,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	kernels := flags.String("kernel", "", "kernels of the matrix, separated by commas (default all)")
 	flags.DurationVar(&o.limit, "timeout", 20*time.Minute, "longest time for one machine")
 	flags.IntVar(&o.parallel, "parallel", 3, "machines at a time; without KVM each keeps one processor busy")
-	flags.BoolVar(&o.short, "short", false, "set IMANS_SHORT=1 for the tests")
+	flags.BoolVar(&o.short, "short", false, "set IMANS_SHORT=1 for the tests, and with all kernels IMANS_SAMPLE=1")
 	flags.BoolVar(&o.soak, "soak", false, "set IMANS_SOAK=1 for the tests")
 	flags.StringVar(&o.cover, "cover", "", "measure coverage and write the profile to this file")
 	flags.BoolVar(&o.programs, "programs", true, "put the agent and the probe programs into the machine")

@@ -19,6 +19,7 @@ const (
 	// suiteMargin is how much earlier than the machine a suite times out, so that its goroutines' stacks are seen.
 	suiteMargin = 20 * time.Second
 	shortName   = "IMANS_SHORT"
+	sampleName  = "IMANS_SAMPLE"
 	soakName    = "IMANS_SOAK"
 	requireName = "IMANS_REQUIRE_VM"
 )
@@ -118,6 +119,9 @@ func (m *matrix) environment(k vm.Kernel) []string {
 	env := []string{"IMANS_VM_KERNEL=" + k.Name}
 	if m.short {
 		env = append(env, shortName+"=1")
+		if len(m.kernels) == len(vm.Matrix()) {
+			env = append(env, sampleName+"=1")
+		}
 	}
 	if m.soak {
 		env = append(env, soakName+"=1")

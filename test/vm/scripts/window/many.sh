@@ -1,6 +1,7 @@
 #!/bin/sh
 # One namespace of many at the same time, with a HASH, a TEMPLATE and a policy of its own, for files of the user NUMBER. It begins
-# when the file START is there, and stays, once it is done, until the file END is.
+# when nobody has the pipe START open for writing any more, and stays, once it is done, until nobody has END: many that look every now
+# and then would be all that the machine does.
 . "${0%/*}/lib.sh"
 
 echo "$HASH" >"$IMA/hash" && echo "$TEMPLATE" >"$IMA/template_name"
@@ -8,8 +9,9 @@ active_with "measure func=BPRM_CHECK fowner=$NUMBER"
 p=$WORK/p
 program "$p" && chown "$NUMBER" "$p"
 program "$WORK/other" && chown "$((NUMBER + 1))" "$WORK/other"
+exec 3<"$START" 4<"$END"
 : >"$WORK/ready"
-until [ -e "$START" ]; do sleep 0.1; done
+read -r _ <&3 || :
 "$p" && "$p" && "$WORK/other"
 equal "its own, once" "$(count "$p")" 1
 equal "what only its neighbour wants" "$(count "$WORK/other")" 0
@@ -19,5 +21,5 @@ equal "its hash and template alone" "$(cut -d ' ' -f 3 "$LIST" | sort -u) $(awk 
 equal "its policy" "$(rules)" "measure func=BPRM_CHECK fowner=$NUMBER"
 equal "nobody else's" "$(tail -n +2 "$LIST" | grep -cv " $WORK/")" 0
 : >"$WORK/done"
-until [ -e "$END" ]; do sleep 0.2; done
+read -r _ <&4 || :
 finish
