@@ -23,18 +23,19 @@ const (
 // being created or deleted.
 func newHook() *cobra.Command {
 	var runDir string
-	var required bool
+	var required, ask bool
 	cmd := &cobra.Command{
 		Use:   "runtime-hook createRuntime|poststop",
 		Short: "tell the agent what has become of a container; OCI runtimes run it as a hook",
 		Long: `runtime-hook reads an OCI state from standard input, as runtimes give it to hooks. At createRuntime it tells the agent which
-process is in the container's namespaces, and returns when the vTPM is attached to them; at poststop that the container is gone.`,
+process is in the container's namespaces, and returns when the vTPM is attached to them; at poststop that the container is gone.
+With --ask it first asks for the vTPM, which the container reaches by socket: nobody has asked before it was created.`,
 		Args: exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if args[0] != oci.CreateRuntime && args[0] != oci.Poststop {
 				return usageError{fmt.Errorf("hook %q: want %s or %s", args[0], oci.CreateRuntime, oci.Poststop)}
 			}
-			err := tellState(cmd.Context(), client(runDir), args[0], cmd.InOrStdin())
+			err := tellState(cmd.Context(), client(runDir), args[0], cmd.InOrStdin(), ask, &required)
 			if err != nil && !required {
 				runtimeLog{}.warn(fmt.Sprintf("%s: %v", args[0], err))
 				return nil
@@ -43,12 +44,13 @@ process is in the container's namespaces, and returns when the vTPM is attached 
 		},
 	}
 	addRunDir(cmd, &runDir)
+	cmd.Flags().BoolVar(&ask, "ask", false, "at createRuntime, ask for a vTPM by socket")
 	cmd.Flags().BoolVar(&required, "required", false, "fail, and the container with it, if the agent can't be told")
 	return cmd
 }
 
-// tellState passes a state on to the agent.
-func tellState(ctx context.Context, c *control.Client, stage string, in io.Reader) error {
+// tellState passes a state on to the agent. It sets required if it reads in the spec that the container asks for that.
+func tellState(ctx context.Context, c *control.Client, stage string, in io.Reader, ask bool, required *bool) error {
 	text, err := io.ReadAll(io.LimitReader(in, stateMax))
 	if err != nil {
 		return fmt.Errorf("read the state on standard input: %w", err)
@@ -60,6 +62,11 @@ func tellState(ctx context.Context, c *control.Client, stage string, in io.Reade
 	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
 	defer cancel()
 	if stage == oci.CreateRuntime {
+		if ask {
+			if err := askBySocket(ctx, c, s, required); err != nil {
+				return fmt.Errorf("container %s gets no vTPM: %w", s.ID, err)
+			}
+		}
 		if err := c.ContainerCreated(ctx, s.ID, s.PID); err != nil {
 			return fmt.Errorf("container %s has no vTPM attached: %w", s.ID, err)
 		}
@@ -72,4 +79,20 @@ func tellState(ctx context.Context, c *control.Client, stage string, in io.Reade
 		return fmt.Errorf("say that container %s is deleted: %w", s.ID, err)
 	}
 	return nil
+}
+
+// askBySocket asks for a vTPM for a container whose spec can't be changed any more.
+func askBySocket(ctx context.Context, c *control.Client, s oci.State, required *bool) error {
+	spec, err := oci.Bundle{Dir: s.Bundle}.Read()
+	if err != nil {
+		return err
+	}
+	r, err := oci.ParseRequest(spec, s.ID, s.Bundle, true)
+	if err != nil {
+		return err
+	}
+	*required = *required || r.Required
+	r.VTPM, r.VTPMs, r.Socket = true, nil, true
+	_, err = c.PrepareContainer(ctx, r)
+	return err
 }

@@ -10,6 +10,7 @@
 //	imans-agent vtpm attach|release ID   give a running container a vTPM, or take it away
 //	imans-agent runtime ARGS             be an OCI runtime that gives containers their vTPM
 //	imans-agent runtime-hook STAGE       what that runtime's hooks run
+//	imans-agent cdi                      print a CDI specification
 //	imans-agent unload                   take the kernel side out and end the vTPMs
 //
 // Exit status: 0 done; 1 the thing checked is bad; 2 usage; 3 the machine or the agent's surroundings lack something.
@@ -96,7 +97,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
 	})
-	root.AddCommand(newDoctor(), newNS(), newMeasurements(), newPolicy(), newVerify(), newUnload(), newRuntime(), newHook(), newVTPM())
+	root.AddCommand(newDoctor(), newNS(), newMeasurements(), newPolicy(), newVerify(), newUnload(), newRuntime(), newHook(), newVTPM(), newCDI())
 	return root
 }
 

@@ -133,7 +133,7 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 		return err
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	windowDir := filepath.Join(c.RunDir, windowName)
+	windowDir := filepath.Join(c.RunDir, WindowName)
 	config := control.Config{Tree: tree, Do: p.do, ParseRules: parseRules, WindowDir: windowDir, Log: log}
 	var given *containers
 	if c.NSTPM == "swtpm" {
@@ -291,8 +291,8 @@ func useKernelDigest(c Config, can bool, log *zap.Logger) bool {
 	return use
 }
 
-// windowName is the folder in the run folder at which the window is mounted.
-const windowName = "fs"
+// WindowName is the folder in the run folder at which the window is mounted.
+const WindowName = "fs"
 
 // lock keeps a second agent out of the state folder.
 func lock(dir string) (unlock func(), err error) {

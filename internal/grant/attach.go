@@ -28,8 +28,8 @@ const settleTimeout = 10 * time.Second
 // Where the machine has no vTPM proxy it is by socket, which the container's record says.
 func (g *Containers) start(ctx context.Context, c *container, n int) (vtpm.Device, error) {
 	ask, config := c.Request.VTPMs[n], g.config(c, n)
-	if ask.EncryptionPassword != "" {
-		return vtpm.Device{}, errors.New("linux.resources.vtpms: encryptionPassword is not done here; leave it out, and keep statePath on an encrypted disk")
+	if n < len(c.passwords) {
+		config.Password = c.passwords[n]
 	}
 	i, err := vtpm.Adopt(config)
 	switch {
@@ -78,7 +78,7 @@ func (g *Containers) provision(ctx context.Context, config vtpm.Config, ask oci.
 	if _, err := vtpm.ReadIdentity(config.Dir); err == nil {
 		return nil // a crash came before its first start
 	}
-	if ask.PCRBanks == "" && ask.RunAs == "" && ask.StatePath == "" {
+	if ask.PCRBanks == "" && ask.RunAs == "" && ask.StatePath == "" && config.Password == "" {
 		_, err := g.Pool.Take(ctx, config.Dir)
 		return err
 	}

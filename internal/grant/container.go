@@ -47,7 +47,8 @@ type container struct {
 
 	mu sync.Mutex // one request at a time; guards what follows, and the folder
 	life
-	left time.Time // since when its namespace is known to be gone
+	left      time.Time // since when its namespace is known to be gone
+	passwords []string  // of its TPMs' state; on no record, as whoever starts it gives them each time
 }
 
 func (g *Containers) open(id string) (*container, error) {

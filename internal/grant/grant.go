@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -202,7 +203,12 @@ func (g *Containers) prepare(ctx context.Context, c *container, r oci.Request) (
 	if len(r.VTPMs) == 0 && r.VTPM {
 		r.VTPMs = []oci.VTPM{{}}
 	}
-	c.life = life{Request: r, State: prepared, Since: time.Now()}
+	r.VTPMs, c.passwords = slices.Clone(r.VTPMs), nil
+	for i := range r.VTPMs {
+		c.passwords = append(c.passwords, r.VTPMs[i].EncryptionPassword)
+		r.VTPMs[i].EncryptionPassword = ""
+	}
+	c.life = life{Request: r, State: prepared, Since: time.Now(), Socket: r.Socket}
 	// Commit point: from here on the next agent finds what is made below.
 	if err := c.record(); err != nil {
 		return oci.Grant{}, err

@@ -76,8 +76,8 @@ func TestOpenFindsWhatWasLeft(t *testing.T) {
 func TestPrepareThatFails(t *testing.T) {
 	g := open(t, config(t.TempDir()))
 	ask := oci.Request{ID: "c", VTPM: true, VTPMs: []oci.VTPM{{EncryptionPassword: "secret"}}}
-	if _, err := g.Prepare(t.Context(), ask); err == nil || !strings.Contains(err.Error(), "encryptionPassword") || strings.Contains(err.Error(), "secret") {
-		t.Errorf("a password: %v", err)
+	if _, err := g.Prepare(t.Context(), ask); err == nil || !strings.Contains(err.Error(), "install the package swtpm") || strings.Contains(err.Error(), "secret") {
+		t.Errorf("without swtpm: %v", err)
 	}
 	if there(filepath.Join(g.Dir, "c")) || g.find("c") != nil {
 		t.Error("something is left of it")
@@ -89,6 +89,9 @@ func TestPrepareThatFails(t *testing.T) {
 	}
 	if _, err := g.Prepare(t.Context(), ask); err == nil {
 		t.Error("no error")
+	}
+	if b, err := os.ReadFile(filepath.Join(g.Dir, "c", recordName)); err != nil || strings.Contains(string(b), "secret") {
+		t.Errorf("the record: %s, %v", b, err)
 	}
 	if c := g.find("c"); c == nil || c.State != stopped || !there(keys) {
 		t.Errorf("after a failed start the container is %+v, its keys are there: %v", c, there(keys))

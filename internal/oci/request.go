@@ -25,6 +25,7 @@ type Request struct {
 	VTPMs    []VTPM `json:"vtpms,omitempty"`  // none: one, as the agent makes them
 	Policy   string `json:"policy,omitempty"` // none: the one for new namespaces
 	Required bool   `json:"required,omitempty"`
+	Socket   bool   `json:"socket,omitempty"` // its vTPM is to be no device: the spec can't have one added any more
 
 	Image       string `json:"image,omitempty"` // reference, where known
 	ImageDigest string `json:"image_digest,omitempty"`

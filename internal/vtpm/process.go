@@ -34,7 +34,7 @@ const (
 const (
 	lockFD  = 3
 	stateFD = 4
-	proxyFD = 5
+	nextFD  = 5 // that of the password, if there is one; then the device's server end
 )
 
 // stateOption is the argument that says where swtpm keeps its state.
@@ -67,6 +67,14 @@ func run(c Config, lock, vtpmx *os.File) (*process, error) {
 	p := &process{config: c, cmd: exec.Command(c.Program, arguments(c)...), exited: make(chan struct{})}
 	p.cmd.Args[0] += ":" + c.name()
 	p.cmd.ExtraFiles = []*os.File{lock, state}
+	if c.Password != "" {
+		password, err := passwordPipe(c.Password)
+		if err != nil {
+			return nil, err
+		}
+		defer password.Close()
+		p.cmd.ExtraFiles = append(p.cmd.ExtraFiles, password)
+	}
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	p.cmd.Env, p.cmd.Dir = []string{}, "/"
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Credential: credential}
@@ -103,12 +111,38 @@ func arguments(c Config) []string {
 		"--ctrl", fmt.Sprintf("type=unixio,path=/proc/self/fd/%d/%s,mode=0600", stateFD, socketName+controlSuffix)}
 	if c.Proxy {
 		// The driver asks for locality 0 by a command that swtpm wants to be told to accept; it takes none of that kind from programs.
+		proxyFD := nextFD
+		if c.Password != "" {
+			proxyFD++
+		}
 		way = []string{"chardev", "--fd", fmt.Sprint(proxyFD), "--locality", "allow-set-locality"}
+	}
+	if c.Password != "" {
+		way = append(way, "--key", fmt.Sprintf("pwdfd=%d,mode=aes-256-cbc,kdf=pbkdf2", nextFD))
 	}
 	if c.Version == TPM20 {
 		way = append(way, "--tpm2")
 	}
 	return append(way, "--tpmstate", stateOption, "--flags", "not-need-init,startup-clear")
+}
+
+// passwordMax is what fits into a pipe that nobody reads yet.
+const passwordMax = 4096
+
+// passwordPipe returns where swtpm reads a password, which no argument or environment shows.
+func passwordPipe(password string) (*os.File, error) {
+	if len(password) > passwordMax {
+		return nil, fmt.Errorf("the password has %d bytes, at most %d work", len(password), passwordMax)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	_, err = w.WriteString(password)
+	if err = errors.Join(err, w.Close()); err != nil {
+		return nil, errors.Join(err, r.Close())
+	}
+	return r, nil
 }
 
 // startWithoutPrivileges starts a command that can gain no privileges by what it executes.

@@ -1,6 +1,7 @@
 package vtpm
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -231,5 +232,42 @@ func TestNoProxy(t *testing.T) {
 	}
 	if _, err := os.Stat(c.Dir); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the folder was made: %v", err)
+	}
+}
+
+// What an instance keeps under a password is of no use without it, and nobody is shown the password.
+func TestPassword(t *testing.T) {
+	c, a := config(t), authority(t)
+	c.Password = "correct horse"
+	want := provisioned(t, c, a)
+	i := start(t, c)
+	for _, file := range []string{"cmdline", "environ"} {
+		if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", i.PID(), file)); err != nil || bytes.Contains(b, []byte("horse")) {
+			t.Errorf("%s: %q, %v", file, b, err)
+		}
+	}
+	if _, name := readPublic(t, connect(t, i), AKHandle); name != want.AK {
+		t.Errorf("the attestation key is %s, want %s", name, want.AK)
+	}
+	if err := i.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	c.Restart = true
+	for _, password := range []string{"", "battery staple"} {
+		other := c
+		other.Password = password
+		if i, err := Start(t.Context(), other); err == nil {
+			t.Errorf("password %q starts it", password)
+			i.Stop()
+		}
+	}
+	i = start(t, c)
+	if _, name := readPublic(t, connect(t, i), AKHandle); name != want.AK {
+		t.Errorf("after a restart the attestation key is %s, want %s", name, want.AK)
+	}
+	c.Password = strings.Repeat("x", passwordMax+1)
+	c.Dir = filepath.Join(t.TempDir(), "tpm")
+	if _, err := Start(t.Context(), c); err == nil || !strings.Contains(err.Error(), "at most") {
+		t.Errorf("a long one: %v", err)
 	}
 }

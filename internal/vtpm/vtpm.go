@@ -64,6 +64,8 @@ type Config struct {
 	Version Version // Adopt does not ask, the folder tells
 	User    string  // name or number of the user that swtpm runs as; "": the agent's own
 	Restart bool    // Start uses a folder whose instance is lost
+	// Password encrypts what the instance keeps (AES-256, the key by PBKDF2); "": not encrypted. Nothing here keeps it.
+	Password string `json:"-"`
 }
 
 // Instance is one running swtpm.

@@ -112,9 +112,15 @@ func startBundle(t *testing.T, runtime, root, id string, edit func(spec map[stri
 // startPodman starts one by podman and crun.
 func startPodman(t *testing.T, root, id string) *tenant {
 	t.Helper()
+	return runPodman(t, root, id, "--runtime "+wrapperDir+"/imans-crun", "")
+}
+
+// runPodman starts one by podman with options of its own and of its run.
+func runPodman(t *testing.T, root, id, global, options string) *tenant {
+	t.Helper()
 	t.Cleanup(func() { exec.Command("podman", "rm", "--force", "--time", "0", id).Run() })
 	sh(t, fmt.Sprintf("mkdir -p /var/tmp; podman image exists tenant || tar -C %s -c . | podman import --quiet - tenant", root))
-	sh(t, fmt.Sprintf("podman --runtime %s/imans-crun run --detach --network none --volume /usr:/usr:ro --name %s tenant /bin/sh -c %q", wrapperDir, id, tenantMain))
+	sh(t, fmt.Sprintf("podman %s run --detach --network none %s --volume /usr:/usr:ro --name %s tenant /bin/sh -c %q", global, options, id, tenantMain))
 	return inspected(t, "podman", id)
 }
 

@@ -4,6 +4,7 @@ package guest
 
 import (
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -138,5 +139,28 @@ func TestVTPMSocketRefused(t *testing.T) {
 	}
 	if left := sh(t, "pgrep -c swtpm || true"); left != "0" {
 		t.Errorf("%s swtpm processes are left", left)
+	}
+}
+
+// By a CDI specification a container gets a vTPM without any other runtime.
+func TestVTPMCDI(t *testing.T) {
+	sample(t, "6.1")
+	a := startAgent(t, "--namespaces", "containers")
+	sh(t, "mkdir -p /etc/cdi && imans-agent cdi --run-dir "+a.dir+"/run >/etc/cdi/imans.json")
+	t.Cleanup(func() { os.RemoveAll("/etc/cdi") })
+	c := runPodman(t, tenantRoot(t), "cdi", "", "--device imans.dev/vtpm=auto")
+	if got := c.sh("tr '\\0' '\\n' </proc/1/environ | grep TPM2TOOLS_TCTI; grep -c dash /sys/kernel/security/ima/ascii_runtime_measurements"); got != "TPM2TOOLS_TCTI="+socketTCTI+"\n1" {
+		t.Errorf("the first program's environment, and how often it is in the list: %q", got)
+	}
+	if out := c.sh(socketTPM); !strings.Contains(out, "Matched per TPM bank") {
+		t.Errorf("evmctl inside: %s", out)
+	}
+	a.verifyNow(c.ns())
+	if b := a.bindingOf(c.id); b.Way != "socket" || b.End != nil {
+		t.Errorf("binding %+v", b)
+	}
+	a.removed(c)
+	if b := a.bindingOf(c.id); b.End == nil || b.End.Cause != "ended" {
+		t.Errorf("binding at the end %+v", b)
 	}
 }
