@@ -24,7 +24,7 @@ func (c *container) byHand() bool { return strings.HasPrefix(c.id, byHandPrefix)
 // Attach gives a running namespace, by a name as namespace.Tree.Find takes it, a vTPM for its list, which its programs reach by socket,
 // as the grant's environment says. It is there when Attach returns, and ends with the namespace, or by Release.
 //
-// Errors: *namespace.NotFoundError, namespace.ErrAttached, measure.ErrForeign for a list that began without a TPM, and
+// Errors: *namespace.NotFoundError, namespace.ErrNative, namespace.ErrAttached, measure.ErrForeign for a list that began without a TPM, and
 // tpmshare.ErrHostNetwork.
 func (g *Containers) Attach(ctx context.Context, name string) (oci.Grant, error) {
 	view, err := g.Tree.Find(name)
@@ -32,6 +32,9 @@ func (g *Containers) Attach(ctx context.Context, name string) (oci.Grant, error)
 		return oci.Grant{}, err
 	}
 	ns := view.Info.NS
+	if view.Info.Depth == 0 {
+		return oci.Grant{}, namespace.ErrNative
+	}
 	if err := g.attachByHand(ctx, ns); err != nil {
 		return oci.Grant{}, fmt.Errorf("attach a vTPM to namespace %v: %w", ns, err)
 	}

@@ -263,14 +263,18 @@ func nodes(d vtpm.Device, name string, r oci.Request) ([]oci.Device, error) {
 	return devices, nil
 }
 
-// Created attaches the container's first TPM to its mount namespace.
+// Created attaches the container's first TPM to its mount namespace. If that fails its TPMs end: they would prove nothing.
 func (g *Containers) Created(ctx context.Context, id string, pid int) error {
 	c := g.lock(id)
 	if c == nil {
 		return fmt.Errorf("container %s was granted nothing; its runtime is to ask before it creates it", id)
 	}
 	defer c.mu.Unlock()
+	granted := c.State == prepared
 	if err := g.created(ctx, c, pid); err != nil {
+		if granted {
+			err = errors.Join(err, g.halt(c))
+		}
 		return fmt.Errorf("container %s: %w", id, err)
 	}
 	return nil

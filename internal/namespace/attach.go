@@ -25,6 +25,8 @@ import (
 var (
 	// ErrAttached means that a namespace's list was given a vTPM already.
 	ErrAttached = fmt.Errorf("the namespace has been given a vTPM; release that first: %w", syscall.EBUSY)
+	// ErrNative means that the namespace is the native one.
+	ErrNative = fmt.Errorf("the native list has the TPM of --tpm, and no other: %w", syscall.EPERM)
 	// ErrNotAttached means that a namespace's list was given no vTPM.
 	ErrNotAttached = fmt.Errorf("the namespace has been given no vTPM; attach one first: %w", syscall.ENOENT)
 )
@@ -87,7 +89,7 @@ func (t *Tree) AttachTPM(ctx context.Context, ns event.MountNS, a Attachment) er
 	case !ok:
 		return ErrEnded
 	case s == t.native:
-		return fmt.Errorf("the native list has the TPM of --tpm: %w", syscall.EPERM)
+		return ErrNative
 	case s.attached != nil:
 		return ErrAttached
 	case s.ended:

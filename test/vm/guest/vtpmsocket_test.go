@@ -98,7 +98,7 @@ func TestVTPMSocket(t *testing.T) {
 	}
 	running.sh("grep -q imans-lost/vtpm_lost /sys/kernel/security/ima/ascii_runtime_measurements; ! TPM2TOOLS_TCTI=" + socketTCTI + " tpm2_getrandom 8 2>/dev/null")
 	a.cli("vtpm", "attach", ns) // it gets the whole list, what was said of the first one's end included
-	running.sh(socketTPM)
+	running.sh("TPM2TOOLS_TCTI=" + socketTCTI + " tpm2_getrandom 8 >/tmp/random")
 	a.verifyNow(ns)
 	a.removed(created)
 	sh(t, strings.Join(running.end, " "))
@@ -163,4 +163,34 @@ func TestVTPMCDI(t *testing.T) {
 	if b := a.bindingOf(c.id); b.End == nil || b.End.Cause != "ended" {
 		t.Errorf("binding at the end %+v", b)
 	}
+}
+
+// A container that floods its vTPM with commands, garbage and connections whose answers it never reads holds up neither its neighbour nor
+// its own list.
+func TestVTPMFlood(t *testing.T) {
+	sample(t, "6.12")
+	withoutProxy(t)
+	a := startAgent(t, "--namespaces", "containers")
+	useWrapper(t, a)
+	floods, calm := startBundle(t, "runc", tenantRoot(t), "floods", nil), startBundle(t, "runc", tenantRoot(t), "calm", nil)
+	floods.sh(`touch /tmp/flood; cat >/tmp/flood.sh <<'END'
+export TPM2TOOLS_TCTI=` + socketTCTI + `
+while [ -e /tmp/flood ]; do tpm2_getrandom 8; done &
+while [ -e /tmp/flood ]; do head -c 5000 /dev/urandom >/dev/tcp/127.0.0.1/2321; done &
+while [ -e /tmp/flood ]; do printf '\x80\x01\x00\x00\x00\x0c\x00\x00' >/dev/tcp/127.0.0.1/2321; done &
+for i in $(seq 80); do exec {fd}<>/dev/tcp/127.0.0.1/2321; done
+while [ -e /tmp/flood ]; do printf '\x80\x01\x00\x00\x00\x0c\x00\x00\x01\x7b\x00\x20' >&$fd; done
+END
+setsid bash /tmp/flood.sh >/dev/null 2>&1 </dev/null &`)
+	const later = "printf '#!/bin/sh\n# later\n' >/tmp/later; chmod 755 /tmp/later; /tmp/later; grep -q /tmp/later /sys/kernel/security/ima/ascii_runtime_measurements"
+	for _, c := range []*tenant{calm, floods} {
+		c.sh(later)
+		a.verifyNow(c.ns())
+	}
+	calm.eventually("TPM2TOOLS_TCTI=" + socketTCTI + " tpm2_getrandom --hex 8")
+	floods.sh("rm /tmp/flood")
+	floods.eventually("TPM2TOOLS_TCTI=" + socketTCTI + " tpm2_getrandom --hex 8")
+	a.verifyNow(floods.ns())
+	a.removed(floods)
+	a.removed(calm)
 }
