@@ -57,7 +57,7 @@ start takes over where this one stopped; imans-agent unload takes them out.`,
 	f.StringVar(&c.StateDir, "state-dir", defaultStateDir, "folder for lists and vTPM state")
 	f.StringVar(&c.RunDir, "run-dir", defaultRunDir, "folder for sockets")
 	f.StringVar(&c.PinDir, "pin-dir", defaultPinDir, "folder on a bpffs for the kernel side's pins")
-	f.StringVar(&c.TPM, "tpm", defaultTPM, "TPM of the native list: a device, unix:PATH, tcp:HOST:PORT, swtpm (one in software, of the agent's own), or none")
+	f.StringVar(&c.TPM, "tpm", defaultTPM, "TPM of the native list: a device, unix:PATH, tcp:HOST:PORT, swtpm (the agent's own), or none")
 	f.IntVar(&c.PCR, "pcr", 10, "PCR of the native list; not one that the kernel's own IMA extends")
 	f.StringVar(&c.NSTPM, "ns-tpm", "swtpm", "TPMs of the other namespaces: swtpm or none")
 	f.StringVar(&c.Swtpm, "swtpm", "swtpm", "the swtpm program")

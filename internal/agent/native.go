@@ -22,7 +22,7 @@ import (
 const softwareTPM = "swtpm"
 
 // ErrNativeLost means that the software TPM of the native list has ended though this boot's list has entries in it.
-var ErrNativeLost = errors.New("the software TPM of the native list is not running any more: its PCR is lost, and with it what proved the list")
+var ErrNativeLost = errors.New("the software TPM of the native list is not running any more, its PCR is lost")
 
 // openNative opens the native list's TPM, if it is to have one, for the tree. The tree is closed before it is.
 func openNative(ctx context.Context, c Config, t *namespace.Config) (closeTPM func(), err error) {
@@ -43,7 +43,8 @@ func openNative(ctx context.Context, c Config, t *namespace.Config) (closeTPM fu
 		return nil, err
 	}
 	t.NativeTPM = tpm
-	t.Log.Info("native TPM", zap.String("address", c.TPM), zap.Bool("software", t.NativeSocket != ""), zap.Stringers("banks", tpm.Banks()), zap.Int("pcr", c.PCR))
+	t.Log.Info("native TPM", zap.String("address", c.TPM), zap.Bool("software", t.NativeSocket != ""),
+		zap.Stringers("banks", tpm.Banks()), zap.Int("pcr", c.PCR))
 	return func() { tpm.Close() }, nil
 }
 

@@ -31,7 +31,8 @@ func newNative(t *testing.T) *native {
 	t.Helper()
 	need.Program(t, "swtpm")
 	dir := t.TempDir()
-	n := &native{t: t, config: Config{TPM: softwareTPM, StateDir: dir + "/state", RunDir: dir + "/run", Swtpm: "swtpm"}, boot: dir + "/state/boots/one"}
+	n := &native{t: t, boot: dir + "/state/boots/one"}
+	n.config = Config{TPM: softwareTPM, StateDir: dir + "/state", RunDir: dir + "/run", Swtpm: "swtpm"}
 	t.Cleanup(func() {
 		if i, err := vtpm.Adopt(nativeVTPM(n.config)); err == nil {
 			i.Stop()

@@ -14,7 +14,8 @@ const (
 	swtpmMinor = 7
 )
 
-const swtpmFix = "install the package swtpm in version 0.7 or later (Debian 12, Ubuntu 24.04, Fedora 36 and later have it), or name the program with --swtpm"
+const swtpmFix = "install the package swtpm in version 0.7 or later (Debian 12, Ubuntu 24.04 and later have it), " +
+	"or name the program with --swtpm"
 
 // Swtpm looks for the program by its name or path. An *Unsupported: it is missing, or too old.
 func Swtpm(program string) (found string, err error) { return swtpmProbe(program).Run() }

@@ -14,8 +14,9 @@ import (
 func TestLeft(t *testing.T) {
 	dir := t.TempDir()
 	g := open(t, config(dir))
-	leave(t, g, life{Request: oci.Request{ID: "attached", VTPMs: []oci.VTPM{{}, {Name: "tpm5"}}}, State: created, Namespace: "1:2", Attached: true})
-	leave(t, g, life{Request: oci.Request{ID: "elsewhere", VTPMs: []oci.VTPM{{Version: "1.2", StatePath: "/srv/state", StatePathIsManaged: true}}}, State: prepared})
+	two, one := []oci.VTPM{{}, {Name: "tpm5"}}, []oci.VTPM{{Version: "1.2", StatePath: "/srv/state", StatePathIsManaged: true}}
+	leave(t, g, life{Request: oci.Request{ID: "attached", VTPMs: two}, State: created, Namespace: "1:2", Attached: true})
+	leave(t, g, life{Request: oci.Request{ID: "elsewhere", VTPMs: one}, State: prepared})
 	leave(t, g, life{Request: oci.Request{ID: "gone"}, State: stopped})
 	if err := os.MkdirAll(filepath.Join(dir, "half-made", "tpm0"), 0o700); err != nil {
 		t.Fatal(err)
