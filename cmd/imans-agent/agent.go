@@ -33,6 +33,7 @@ It runs until it gets SIGTERM. The kernel side and the vTPMs go on working meanw
 start takes over where this one stopped; imans-agent unload takes them out.`,
 		Example: `  imans-agent --policy exec                       measure programs and executable mappings
   imans-agent --policy /etc/imans/policy --pcr 11  the native list in PCR 11
+  imans-agent --policy exec --tpm swtpm           no TPM in the machine: one in software, as honest as the host
   imans-agent ns                                  the namespaces and their lists`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -56,7 +57,7 @@ start takes over where this one stopped; imans-agent unload takes them out.`,
 	f.StringVar(&c.StateDir, "state-dir", defaultStateDir, "folder for lists and vTPM state")
 	f.StringVar(&c.RunDir, "run-dir", defaultRunDir, "folder for sockets")
 	f.StringVar(&c.PinDir, "pin-dir", defaultPinDir, "folder on a bpffs for the kernel side's pins")
-	f.StringVar(&c.TPM, "tpm", defaultTPM, "TPM of the native list: a device, unix:PATH, tcp:HOST:PORT, or none")
+	f.StringVar(&c.TPM, "tpm", defaultTPM, "TPM of the native list: a device, unix:PATH, tcp:HOST:PORT, swtpm (the agent's own), or none")
 	f.IntVar(&c.PCR, "pcr", 10, "PCR of the native list; not one that the kernel's own IMA extends")
 	f.StringVar(&c.NSTPM, "ns-tpm", "swtpm", "TPMs of the other namespaces: swtpm or none")
 	f.StringVar(&c.Swtpm, "swtpm", "swtpm", "the swtpm program")

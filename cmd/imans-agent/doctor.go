@@ -56,7 +56,7 @@ Exit status 3 means that something required is missing.`,
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&c.TPM, "tpm", defaultTPM, "TPM of the native list")
+	cmd.Flags().StringVar(&c.TPM, "tpm", defaultTPM, "TPM of the native list, as the agent gets it: a device, swtpm or none")
 	cmd.Flags().StringVar(&c.PinDir, "pin-dir", defaultPinDir, "folder on a bpffs")
 	cmd.Flags().StringVar(&c.Swtpm, "swtpm", "swtpm", "the swtpm program")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")

@@ -78,16 +78,36 @@ func printTree(cmd *cobra.Command, namespaces []control.Namespace) error {
 	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "NAMESPACE\tCONTAINER\tENTRIES\tVIOLATIONS\tEXTENDED\tPCR\tTPM\tSTATE")
 	for _, n := range namespaces {
-		tpm := "-"
-		if n.TPM != "" {
-			tpm = "swtpm"
-		} else if n.Depth == 0 {
-			tpm = "native"
-		}
 		fmt.Fprintf(w, "%s%s\t%s\t%d\t%d\t%d\t%d\t%s\t%s\n", strings.Repeat("  ", n.Depth), n.Name(), orDash(n.Container),
-			n.Entries, n.Violations, n.Extended, n.PCR, tpm, n.State)
+			n.Entries, n.Violations, n.Extended, n.PCR, tpmWord(n), n.State)
 	}
 	return w.Flush()
+}
+
+// tpmWord is a namespace's TPM in a word.
+func tpmWord(n control.Namespace) string {
+	switch {
+	case n.Depth == 0 && n.Trust == control.Hardware:
+		return "native"
+	case n.Depth == 0:
+		return string(n.Trust)
+	case n.TPM != "":
+		return "swtpm"
+	}
+	return "-"
+}
+
+// trustLine says what stands behind a namespace's PCR.
+func trustLine(n control.Namespace) string {
+	switch n.Trust {
+	case control.Hardware:
+		return "hardware: the machine's own TPM"
+	case control.Software:
+		return "software: a TPM that is a program is as honest as the host that runs it"
+	case control.Nothing:
+		return "none: no TPM proves this list"
+	}
+	return "-"
 }
 
 func printNamespace(cmd *cobra.Command, n control.Namespace) error {
@@ -95,8 +115,8 @@ func printNamespace(cmd *cobra.Command, n control.Namespace) error {
 	for _, row := range [][2]any{
 		{"namespace", n.Name()}, {"parent", orDash(n.Parent)}, {"depth", n.Depth}, {"origin", n.Origin}, {"born", n.Born},
 		{"container", orDash(n.Container)}, {"first process", n.PID}, {"entered from outside", n.Entered}, {"entries", n.Entries},
-		{"violations", n.Violations}, {"extended", n.Extended}, {"pcr", n.PCR}, {"tpm", orDash(n.TPM)}, {"rules", n.Rules},
-		{"state", n.State}, {"trouble", orDash(n.Trouble)},
+		{"violations", n.Violations}, {"extended", n.Extended}, {"pcr", n.PCR}, {"tpm", orDash(n.TPM)}, {"trust", trustLine(n)},
+		{"rules", n.Rules}, {"state", n.State}, {"trouble", orDash(n.Trouble)},
 	} {
 		fmt.Fprintf(w, "%s\t%v\n", row[0], row[1])
 	}

@@ -63,7 +63,7 @@ func (v *verdict) print(cmd *cobra.Command) error {
 	}
 	switch v.trust {
 	case software:
-		row("trust", "software: a vTPM is as honest as the host that runs it; verify the host's native list with --ak-name")
+		row("trust", "software: a TPM that is a program is as honest as the host that runs it; for a container's, verify the host's native list with --ak-name")
 	case hardware:
 		row("trust", "hardware: the machine's own TPM")
 	}

@@ -26,12 +26,9 @@ import (
 	"imans.dev/imans-agent/internal/imafs"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/loader"
-	"imans.dev/imans-agent/internal/measure"
 	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/policy"
 	"imans.dev/imans-agent/internal/reach"
-	"imans.dev/imans-agent/internal/tpmext"
-	"imans.dev/imans-agent/internal/vtpm"
 )
 
 // Config is what the command line says.
@@ -42,7 +39,7 @@ type Config struct {
 	Archive   string // folder for namespaces that end, made if missing; "": their state goes
 	RunDir    string // for sockets; made if missing
 	PinDir    string // on a bpffs
-	TPM       string // the native list's: address for tpmext.Open, or "none"
+	TPM       string // the native list's: address for tpmext.Open, "swtpm" for one of the agent's own, or "none"
 	PCR       int    // of the native list
 	NSTPM     string // "swtpm" or "none"
 	Swtpm     string // the program's name or path
@@ -95,14 +92,11 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 	if treeConfig.Dir, err = bootDir(c.StateDir, log); err != nil {
 		return err
 	}
-	if c.TPM != "none" {
-		tpm, err := openTPM(ctx, c, log)
-		if err != nil {
-			return err
-		}
-		defer tpm.Close()
-		treeConfig.NativeTPM = tpm
+	closeTPM, err := openNative(ctx, c, &treeConfig)
+	if err != nil {
+		return err
 	}
+	defer closeTPM()
 	kernel, err := loader.Open(loader.Options{
 		PinDir: c.PinDir, RingSize: c.RingSize, KernelDigest: useKernelDigest(c, kernelDigests, log), Types: types,
 	})
@@ -116,7 +110,7 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 	tree := namespace.New(treeConfig)
 	defer func() { err = errors.Join(err, tree.Close()) }()
 	if err := tree.Start(ctx); err != nil {
-		return hint(err)
+		return hint(err, treeConfig.NativeSocket != "")
 	}
 	if kernel.Origin() == loader.Replaced {
 		if err := tree.Loss(ctx, event.LossProgramsReplaced); err != nil {
@@ -325,39 +319,4 @@ func bootDir(stateDir string, log *zap.Logger) (string, error) {
 		log.Info("lists of earlier boots are kept; delete what is not needed", zap.String("folder", filepath.Dir(dir)), zap.Int("boots", len(others)-1))
 	}
 	return dir, nil
-}
-
-// openTPM opens the native list's TPM and refuses to share a PCR with the kernel's own IMA.
-func openTPM(ctx context.Context, c Config, log *zap.Logger) (*tpmext.TPM, error) {
-	if n, err := kernelMeasurements(); err == nil && n > 1 && c.PCR == ima.DefaultPCR {
-		return nil, fmt.Errorf("PCR %d: %w (it has %d entries)", c.PCR, ErrSharedPCR, n)
-	}
-	if proxy, err := vtpm.IsProxy(c.TPM); err == nil && proxy {
-		return nil, fmt.Errorf("--tpm %s is a vTPM, made for some container; give the machine's own, or --tpm none", c.TPM)
-	}
-	tpm, err := tpmext.Open(ctx, c.TPM)
-	if err != nil {
-		return nil, fmt.Errorf("%w; is the TPM enabled? --tpm names another, --tpm none does without", err)
-	}
-	log.Info("native TPM", zap.String("address", c.TPM), zap.Stringers("banks", tpm.Banks()), zap.Int("pcr", c.PCR))
-	return tpm, nil
-}
-
-// kernelMeasurements returns how many entries the kernel's own IMA has: 1 is its boot_aggregate.
-func kernelMeasurements() (int, error) {
-	b, err := os.ReadFile("/sys/kernel/security/ima/runtime_measurements_count")
-	if err != nil {
-		return 0, err
-	}
-	var n int
-	_, err = fmt.Sscan(string(b), &n)
-	return n, err
-}
-
-// hint adds what most likely stands behind a PCR that is not as a new list needs it.
-func hint(err error) error {
-	if n, countErr := kernelMeasurements(); errors.Is(err, measure.ErrForeign) && countErr == nil && n > 0 {
-		return fmt.Errorf("%w (the kernel's IMA extended its boot_aggregate there: %w)", err, ErrSharedPCR)
-	}
-	return err
 }

@@ -29,20 +29,31 @@ type containers struct {
 	pool    *vtpm.Pool
 }
 
+func openAuthority(c Config) (*vtpm.Authority, error) {
+	return vtpm.OpenAuthority(filepath.Join(c.StateDir, "authority"))
+}
+
+func openPool(ctx context.Context, c Config, a *vtpm.Authority) (*vtpm.Pool, error) {
+	return vtpm.OpenPool(ctx, vtpm.PoolConfig{
+		Dir: filepath.Join(c.StateDir, "pool"), Size: c.Pool, Program: c.Swtpm, User: c.SwtpmUser, Authority: a,
+	})
+}
+
+// containersDir is the folder of the containers' folders in the state folder.
+func containersDir(stateDir string) string { return filepath.Join(stateDir, "containers") }
+
 // openContainers finds what an earlier agent left. ctx is the agent's life.
 func openContainers(ctx context.Context, c Config, p *pump, tree *namespace.Tree, ways *reach.Ways, log *zap.Logger) (*containers, error) {
-	authority, err := vtpm.OpenAuthority(filepath.Join(c.StateDir, "authority"))
+	authority, err := openAuthority(c)
 	if err != nil {
 		return nil, err
 	}
-	pool, err := vtpm.OpenPool(ctx, vtpm.PoolConfig{
-		Dir: filepath.Join(c.StateDir, "pool"), Size: c.Pool, Program: c.Swtpm, User: c.SwtpmUser, Authority: authority,
-	})
+	pool, err := openPool(ctx, c, authority)
 	if err != nil {
 		return nil, err
 	}
 	granted, err := grant.Open(grant.Config{
-		Dir: filepath.Join(c.StateDir, "containers"), Pool: pool, Authority: authority, Swtpm: c.Swtpm, User: c.SwtpmUser,
+		Dir: containersDir(c.StateDir), Pool: pool, Authority: authority, Swtpm: c.Swtpm, User: c.SwtpmUser,
 		Tree: tree, Ways: ways, Log: log.Named("containers"),
 		Do: func(_ context.Context, change func(context.Context) error) error { return p.do(ctx, change) },
 		Load: func(ctx context.Context, ns event.MountNS, name string) error {

@@ -7,13 +7,14 @@ import (
 
 	"go.uber.org/zap"
 
+	"imans.dev/imans-agent/internal/grant"
 	"imans.dev/imans-agent/internal/loader"
 	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/vtpm"
 )
 
-// Unload takes out what a stopped agent left at work: the kernel side, and the vTPMs of this boot. The lists stay on disk. It
-// refuses with ErrRunning while an agent runs.
+// Unload takes out what a stopped agent left at work: the kernel side, and the vTPMs of this boot, the native list's and containers'
+// too. The lists stay on disk. It refuses with ErrRunning while an agent runs. What can't be ended does not keep the rest from it.
 func Unload(c Config) error {
 	unlock, err := lock(c.StateDir)
 	if err != nil {
@@ -27,18 +28,8 @@ func Unload(c Config) error {
 	if err != nil {
 		return err
 	}
-	folders, err := filepath.Glob(filepath.Join(dir, "ns", "*", "tpm"))
-	if err != nil {
-		return err
-	}
-	left, err := namespace.LeftAttached(dir)
-	if err != nil {
-		return err
-	}
-	for _, folder := range folders {
-		left = append(left, vtpm.Config{Dir: folder, Socket: filepath.Join(c.RunDir, "tpm", filepath.Base(filepath.Dir(folder)))})
-	}
-	var errs []error
+	left, err := leftVTPMs(c, dir)
+	errs := []error{err}
 	for _, config := range left {
 		i, err := vtpm.Adopt(config)
 		if errors.Is(err, vtpm.ErrLost) || errors.Is(err, os.ErrNotExist) {
@@ -50,4 +41,16 @@ func Unload(c Config) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// leftVTPMs says where vTPMs may be running, some of them twice, as far as it can be told. boot is the folder of this boot's state.
+func leftVTPMs(c Config, boot string) ([]vtpm.Config, error) {
+	left := []vtpm.Config{nativeVTPM(c)}
+	folders, err := filepath.Glob(filepath.Join(boot, "ns", "*", "tpm"))
+	for _, folder := range folders {
+		left = append(left, vtpm.Config{Dir: folder, Socket: filepath.Join(c.RunDir, "tpm", filepath.Base(filepath.Dir(folder)))})
+	}
+	attached, attachedErr := namespace.LeftAttached(boot)
+	others, othersErr := grant.Left(containersDir(c.StateDir))
+	return append(append(left, attached...), others...), errors.Join(err, attachedErr, othersErr)
 }

@@ -30,11 +30,22 @@ type Namespace struct {
 	Extended   int    `json:"extended"`
 	Violations int    `json:"violations"`
 	PCR        int    `json:"pcr"`
-	TPM        string `json:"tpm,omitempty"`
-	State      string `json:"state"` // shared: as its parent; idle: nothing measured yet; measuring; waiting: see trouble; ended: see trouble
+	TPM        string `json:"tpm,omitempty"`   // address; none for the machine's own
+	Trust      Trust  `json:"trust,omitempty"` // what stands behind its PCR; none before its first entry
+	State      string `json:"state"`           // shared: as its parent; idle: nothing measured yet; measuring; waiting: see trouble; ended: see trouble
 	Trouble    string `json:"trouble,omitempty"`
 	Rules      int    `json:"rules"`
 }
+
+// Trust is what stands behind a PCR.
+type Trust string
+
+// Hardware is the machine's own TPM, Software one that is a program of the host, Nothing no TPM: the list proves nothing.
+const (
+	Hardware Trust = "hardware"
+	Software Trust = "software"
+	Nothing  Trust = "none"
+)
 
 // Name returns inum:id.
 func (n Namespace) Name() string { return fmt.Sprintf("%d:%d", n.Inum, n.ID) }
@@ -53,7 +64,7 @@ type Status struct {
 type PCRs struct {
 	PCR      int      `json:"pcr"`
 	Values   []string `json:"values"`   // ALGORITHM:HEX
-	Software bool     `json:"software"` // the TPM is a vTPM, as honest as its host
+	Software bool     `json:"software"` // the TPM is a program, as honest as its host
 }
 
 // Entry is one entry of a list, as JSON has it.
@@ -71,7 +82,8 @@ func jsonNamespace(i namespace.Info) Namespace {
 	n := Namespace{
 		Inum: i.NS.Inum, ID: i.NS.ID, Depth: i.Depth, Origin: i.Origin, Born: i.Born.UTC().Format(time.RFC3339),
 		PID: i.Leader.TGID, Container: proc.CgroupName(int(i.Leader.TGID)), Entered: i.Entered, Entries: i.Status.Entries,
-		Extended: i.Status.Extended, Violations: i.Status.Violations, PCR: i.PCR, TPM: i.TPM, Rules: i.Rules,
+		Extended: i.Status.Extended, Violations: i.Status.Violations, PCR: i.PCR, TPM: i.TPM,
+		Trust: trust(i), Rules: i.Rules,
 	}
 	if !i.Parent.IsZero() {
 		n.Parent = i.Parent.String()
@@ -93,6 +105,18 @@ func jsonNamespace(i namespace.Info) Namespace {
 		n.Trouble = trouble.Error()
 	}
 	return n
+}
+
+func trust(i namespace.Info) Trust {
+	switch {
+	case !i.Listed:
+		return ""
+	case !i.Status.Anchored:
+		return Nothing
+	case i.Software:
+		return Software
+	}
+	return Hardware
 }
 
 func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
@@ -169,6 +193,10 @@ func (s *Server) pcrs(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, http.StatusNotFound, fmt.Errorf("namespace %v has no list yet: nothing was measured in it", v.Info.NS))
 		return
 	}
+	if trust(v.Info) == Nothing {
+		s.fail(w, http.StatusNotFound, notProven(v.Info))
+		return
+	}
 	values, err := v.List.PCRs(r.Context())
 	if err != nil {
 		s.fail(w, http.StatusServiceUnavailable, err)
@@ -180,6 +208,14 @@ func (s *Server) pcrs(w http.ResponseWriter, r *http.Request) {
 	}
 	slices.Sort(answer.Values)
 	s.reply(w, answer)
+}
+
+// notProven says why there are no PCRs.
+func notProven(i namespace.Info) error {
+	if i.Depth == 0 {
+		return errors.New("no TPM proves the native list: the agent runs with --tpm none; --tpm swtpm has one in software")
+	}
+	return fmt.Errorf("no TPM proves the list of namespace %v: it never had one, or has lost it", i.NS)
 }
 
 func (s *Server) measurements(w http.ResponseWriter, r *http.Request) {

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -60,7 +59,7 @@ func NewTypes() *btf.Cache { return btf.NewCache() }
 // Config names what the probes look at where that is configurable.
 type Config struct {
 	Types  *btf.Cache // nil: of its own
-	TPM    string     // a device path; any other address is not probed
+	TPM    string     // of the native list, as --tpm: a device, swtpm or none; any other address is not probed
 	PinDir string
 	Swtpm  string // name or path of the program
 }
@@ -87,14 +86,13 @@ func Probes(c Config) []Probe {
 			fix: "boot a kernel of version 6.1 or later"},
 		{Name: "kernel digest", Purpose: "to have a file's digest before a byte of it runs", Since: "5.18", detect: func() (string, error) { return kernelDigest(c.Types) },
 			fix: "boot a kernel built with CONFIG_IMA=y", Without: "the agent hashes files itself, shortly after the event (--digest=agent)"},
-		{Name: "TPM", Purpose: "to anchor the native list in hardware", detect: func() (string, error) { return tpmDevice(c.TPM) },
-			fix: "enable the TPM in the firmware, or run with --tpm none", Without: "the native list is not anchored (--tpm none)"},
-		{Name: "swtpm", Purpose: "to give each namespace a TPM of its own", detect: func() (string, error) { return swtpm(c.Swtpm) },
-			fix: "install the package swtpm", Without: "the lists of namespaces are not anchored (--ns-tpm none)"},
+		{Name: "TPM", Purpose: "to anchor the native list", detect: func() (string, error) { return nativeTPM(c.TPM, c.Swtpm) },
+			fix: nativeFix(c.TPM), Without: "no TPM proves the native list (--tpm none)"},
+		swtpmProbe(c.Swtpm),
 		{Name: "overlayfs types", Purpose: "to tell one layer's file from another's", detect: func() (string, error) { return overlayTypes(c.Types) },
 			fix: "modprobe overlay", Without: "files of overlayfs are looked at every time they run"},
 		{Name: "vTPM proxy", Purpose: "to put /dev/tpm0 into containers", Since: "4.8", detect: device("/dev/vtpmx"),
-			fix: "modprobe tpm_vtpm_proxy", Without: "containers get no TPM device"},
+			fix: "modprobe tpm_vtpm_proxy (a kernel built with CONFIG_TCG_VTPM_PROXY has it)", Without: "namespaces have their vTPMs by socket, and containers get no TPM device"},
 		{Name: "FUSE", Purpose: "to show each container its own ima folder", detect: device("/dev/fuse"),
 			fix: "modprobe fuse", Without: "containers have no window on their lists"},
 	}
@@ -222,32 +220,6 @@ func kernelDigest(types *btf.Cache) (string, error) {
 		return "", fmt.Errorf("kernel %s has no ima_file_hash: %w", release(), err)
 	}
 	return "bpf_ima_file_hash", nil
-}
-
-func tpmDevice(path string) (string, error) {
-	if !strings.HasPrefix(path, "/") {
-		return path + " (not probed)", nil
-	}
-	found, err := device(path)()
-	if err != nil {
-		if others, _ := filepath.Glob("/dev/tpm*"); len(others) > 0 {
-			return "", fmt.Errorf("%w; there are %s", err, strings.Join(others, ", "))
-		}
-	}
-	return found, err
-}
-
-func swtpm(program string) (string, error) {
-	path, err := exec.LookPath(program)
-	if err != nil {
-		return "", fmt.Errorf("no program %s: %w", program, err)
-	}
-	out, err := exec.Command(path, "--version").Output()
-	if err != nil {
-		return "", fmt.Errorf("run %s --version: %w", path, err)
-	}
-	first, _, _ := strings.Cut(string(out), "\n")
-	return first, nil
 }
 
 func overlayTypes(types *btf.Cache) (string, error) {

@@ -26,7 +26,7 @@ func TestProbesFindWhatTheMatrixHas(t *testing.T) {
 func TestProbesTellTheFix(t *testing.T) {
 	c := Config{TPM: "/dev/tpm-none", PinDir: "/tmp/imans", Swtpm: "swtpm-none"}
 	for name, want := range map[string]string{
-		"TPM": "--tpm none", "BPF file system": "mount -t bpf", "swtpm": "install the package swtpm",
+		"TPM": "--tpm swtpm (one in software) or --tpm none", "BPF file system": "mount -t bpf", "swtpm": "install the package swtpm",
 	} {
 		for _, p := range Probes(c) {
 			if p.Name != name {

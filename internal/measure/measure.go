@@ -240,9 +240,10 @@ func (l *List) CheckPCR(ctx context.Context, pcr int) error {
 
 // Status is a list's state at one moment.
 type Status struct {
-	Entries    int // in the log
-	Violations int // handed in
-	Extended   int // in the TPM; 0 without one
+	Entries    int  // in the log
+	Violations int  // handed in
+	Anchored   bool // it has a TPM, or waits for one that is being started
+	Extended   int  // in the TPM; 0 without one
 	Size       int64
 	LogError   error // why writing waits; nil if it does not
 	TPMError   error // why extending waits; nil if it does not
@@ -254,7 +255,7 @@ func (l *List) Status() Status {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return Status{
-		Entries: l.logged.n, Violations: l.violations, Extended: l.extended.n, Size: l.loggedSize,
+		Entries: l.logged.n, Violations: l.violations, Anchored: !l.extended.off, Extended: l.extended.n, Size: l.loggedSize,
 		LogError: l.writeTrouble, TPMError: l.tpmTrouble, Fatal: l.fatal,
 	}
 }

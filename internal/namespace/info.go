@@ -21,7 +21,7 @@ type Info struct {
 	Leader   event.Process // the first process seen in it
 	Entered  int           // processes that came in from outside
 	PCR      int
-	TPM      string // address; "" without one, or before the first entry
+	TPM      string // address; "" without one, before the first entry, and for the machine's own
 	Software bool   // its TPM, if it has one, is a program
 	Attached bool   // its TPM is a vTPM that it was given by AttachTPM
 	Active   bool   // it is an IMA namespace, and does not share its parent's fate
@@ -58,7 +58,10 @@ func (s *State) info(depth int) Info {
 	i := Info{
 		NS: s.ns, Parent: s.parentNS(), Depth: depth, Origin: s.origin, Born: s.born, Leader: s.leader, Entered: s.entered,
 		PCR: s.pcr, Active: s.active, Listed: s.list != nil, Rules: len(s.policy.Rules()), Template: s.template, Algo: s.algo, IDs: s.ids,
-		Software: s.parent != nil, Attached: s.attached != nil,
+		Software: s.parent != nil || s.tree.config.NativeSocket != "", Attached: s.attached != nil,
+	}
+	if s.parent == nil {
+		i.TPM = s.tree.config.NativeSocket
 	}
 	if s.list != nil {
 		i.Status = s.list.Status()

@@ -85,6 +85,18 @@ func (t *Tree) nsDir() string { return nsDir(t.config.Dir) }
 // nsDir is the folder of the namespaces' folders in a boot's.
 func nsDir(boot string) string { return filepath.Join(boot, "ns") }
 
+// nativeDir is the native list's folder in a boot's.
+func nativeDir(boot string) string { return filepath.Join(boot, "native") }
+
+// NativeBegun reports whether the native list in a boot's folder has entries.
+func NativeBegun(boot string) (bool, error) {
+	st, err := os.Stat(filepath.Join(nativeDir(boot), measure.LogName))
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil && st.Size() > 0, err
+}
+
 // leftStates returns what the namespaces' folders say that an earlier agent of this boot left.
 func leftStates(dir string) (map[event.MountNS]stateFile, error) {
 	left := make(map[event.MountNS]stateFile)

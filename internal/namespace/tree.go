@@ -47,6 +47,7 @@ type Config struct {
 	Mode         Mode           // how namespaces become active
 	MaxRules     int            // that a namespace may have
 	NativeTPM    measure.TPM    // nil: the native list is not anchored
+	NativeSocket string         // address of NativeTPM if that is a program; "": it is the machine's own
 	NativePCR    int
 	Swtpm        string // program; "": lists of namespaces are not anchored
 	// OpenTPM opens a vTPM that an earlier agent attached, as the Attachment's TPM and Share were opened; nil: none was shared.
@@ -160,7 +161,7 @@ func (t *Tree) Start(ctx context.Context) error {
 
 // startNative opens the native list and counts the losses that it tells of.
 func (t *Tree) startNative(ctx context.Context, ns event.MountNS) error {
-	dir := filepath.Join(t.config.Dir, "native")
+	dir := nativeDir(t.config.Dir)
 	if err := durable.Mkdir(dir); err != nil {
 		return err
 	}

@@ -88,7 +88,7 @@ func run(c Config, lock, vtpmx *os.File) (*process, error) {
 	if err := startWithoutPrivileges(p.cmd); errors.Is(err, os.ErrPermission) {
 		return nil, fmt.Errorf("%w; let the user that swtpm runs as (%q) execute it", err, c.User)
 	} else if err != nil {
-		return nil, fmt.Errorf("%w; install the package swtpm, or run with --ns-tpm none", err)
+		return nil, fmt.Errorf("%w; install the package swtpm, or run with --ns-tpm none (the native list: --tpm none)", err)
 	}
 	go func() { // ends with the process; without it a dead instance would stay a zombie
 		p.cmd.Wait()

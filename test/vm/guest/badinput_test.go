@@ -62,7 +62,7 @@ func TestMainJobBadPolicy(t *testing.T) {
 
 func TestMainJobBadSurroundings(t *testing.T) {
 	t.Run("no TPM", func(t *testing.T) {
-		newAgent(t, "--tpm", "/dev/tpm99").refused(3, "/dev/tpm99", "--tpm none")
+		newAgent(t, "--tpm", "/dev/tpm99").refused(3, "/dev/tpm99", "--tpm swtpm", "--tpm none")
 	})
 	t.Run("a PCR that something else extended", func(t *testing.T) {
 		a := newAgent(t)
