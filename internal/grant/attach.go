@@ -77,7 +77,7 @@ func (g *Containers) provision(ctx context.Context, config vtpm.Config, ask oci.
 	return err
 }
 
-// created attaches the first TPM, if it is for the list, to the mount namespace of a process of the container.
+// created attaches the first TPM, if there is one, to the mount namespace of a process of the container.
 func (g *Containers) created(ctx context.Context, c *container, pid int) error {
 	var ns unix.Stat_t
 	if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/mnt", pid), &ns); err != nil {
@@ -152,16 +152,13 @@ func (g *Containers) attach(ctx context.Context, c *container, inum string) erro
 // attachment opens the first TPM, and says what the native list is to say of it.
 func (g *Containers) attachment(ctx context.Context, c *container) (namespace.Attachment, error) {
 	a := namespace.Attachment{Config: g.config(c, 0), Keep: true}
-	id, err := vtpm.ReadIdentity(a.Config.Dir)
-	if err != nil {
-		return a, err
-	}
-	a.Binding = binding.Attach{TPM: binding.TPM20, Way: binding.Proxy, Container: c.id, Image: c.Request.Image}
-	if a.Binding.EK, err = binding.ParseName(id.EK); err != nil {
-		return a, err
-	}
-	if a.Binding.AK, err = binding.ParseName(id.AK); err != nil {
-		return a, err
+	a.Binding = binding.Attach{TPM: binding.TPM12, Way: binding.Proxy, Container: c.id, Image: c.Request.Image}
+	var err error
+	if a.Config.Version == vtpm.TPM20 {
+		a.Binding.TPM = binding.TPM20
+		if err := nameKeys(&a.Binding, a.Config.Dir); err != nil {
+			return a, err
+		}
 	}
 	if d := c.Request.ImageDigest; d != "" {
 		if a.Binding.ImageDigest, err = ima.ParseDigest(d); err != nil {
@@ -175,4 +172,17 @@ func (g *Containers) attachment(ctx context.Context, c *container) (namespace.At
 		return a, errors.Join(err, a.Instance.Close())
 	}
 	return a, nil
+}
+
+// nameKeys fills in which keys a TPM 2.0 has.
+func nameKeys(b *binding.Attach, dir string) error {
+	id, err := vtpm.ReadIdentity(dir)
+	if err != nil {
+		return err
+	}
+	if b.EK, err = binding.ParseName(id.EK); err != nil {
+		return err
+	}
+	b.AK, err = binding.ParseName(id.AK)
+	return err
 }

@@ -12,7 +12,7 @@
 // record before the grant is given out, so that a crash of the agent leaves nothing that the next one does not find.
 //
 // The first vTPM of a container is its list's: its namespace's entries, from the first on, are extended into it, and the native list
-// names it. Others, and a first one of version 1.2, are the container's alone.
+// names it. Others are the container's alone.
 package grant
 
 import (
