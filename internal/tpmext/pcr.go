@@ -86,7 +86,7 @@ func (t *TPM) ReadPCRs(ctx context.Context, pcrs ...int) (map[int]map[ima.HashAl
 	defer t.mu.Unlock()
 	values, err := t.readPCRs(ctx, t.banks, pcrs)
 	if err != nil {
-		return nil, named(fmt.Sprintf("TPM2_PCR_Read of %v", pcrs), err)
+		return nil, named(fmt.Sprintf("read PCRs %v", pcrs), err)
 	}
 	return values, nil
 }
@@ -202,7 +202,7 @@ func (t *TPM) Extend(ctx context.Context, pcr int, digests []ima.Digest) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if err := t.extendPCR(ctx, pcr, digests); err != nil {
-		return named(fmt.Sprintf("TPM2_PCR_Extend of PCR %d", pcr), err)
+		return named(fmt.Sprintf("extend PCR %d", pcr), err)
 	}
 	return nil
 }

@@ -103,7 +103,7 @@ func askedToRetry(rc tpm2.TPMRC) bool {
 // tpm12Codes is where the response codes of a TPM 1.2 end and those of a TPM 2.0 begin. Source: Part 2, section 6.6.2.
 const tpm12Codes = tpm2.TPMRC(0x100)
 
-// named says which command failed, and names the response codes that callers decide by.
+// named says what failed, and names the response codes that callers decide by.
 func named(name string, err error) error {
 	var rc tpm2.TPMRC
 	switch {
