@@ -21,6 +21,9 @@ import (
 // attachTimeout bounds how long the lists of all namespaces wait while one of them goes over to its TPM.
 const attachTimeout = 5 * time.Second
 
+// startsAtOnce is how many TPMs are started at a time: each takes a processor, and the kernel gives up on one that is slow to answer.
+const startsAtOnce = 2
+
 // settleTimeout bounds how long a container waits for TPMs to catch up.
 const settleTimeout = 10 * time.Second
 
@@ -42,7 +45,14 @@ func (g *Containers) start(ctx context.Context, c *container, n int) (vtpm.Devic
 		return vtpm.Device{}, err
 	}
 	if i == nil {
-		if i, err = vtpm.Start(ctx, config); err != nil {
+		select {
+		case g.starts <- struct{}{}:
+			i, err = vtpm.Start(ctx, config)
+			<-g.starts
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+		if err != nil {
 			return vtpm.Device{}, err
 		}
 	}

@@ -63,8 +63,9 @@ type Config struct {
 // Containers grants containers what they ask for. All its methods may be called from several goroutines.
 type Containers struct {
 	Config
-	mu    sync.Mutex
-	known map[string]*container
+	starts chan struct{} // has room for startsAtOnce
+	mu     sync.Mutex
+	known  map[string]*container
 }
 
 var _ oci.Containers = (*Containers)(nil)
@@ -77,7 +78,7 @@ func Open(c Config) (*Containers, error) {
 	if err := durable.Mkdir(c.Dir); err != nil {
 		return nil, fmt.Errorf("containers' folder: %w; choose another with --state-dir", err)
 	}
-	g := &Containers{Config: c, known: make(map[string]*container)}
+	g := &Containers{Config: c, starts: make(chan struct{}, startsAtOnce), known: make(map[string]*container)}
 	entries, err := os.ReadDir(c.Dir)
 	if err != nil {
 		return nil, fmt.Errorf("containers' folder: %w", err)
