@@ -21,8 +21,9 @@ import (
 // wrapperPrefix begins the names by which this program is a runtime: imans-runc stands for runc, imans-runtime for the default.
 const wrapperPrefix = "imans-"
 
-// prepareTimeout bounds how long the creation of a container waits for the agent, which may have to make a TPM.
-const prepareTimeout = 30 * time.Second
+// prepareTimeout bounds how long the creation of a container waits for the agent, which may have to make a TPM, and many more for others
+// that are created at once. It is less than kubelet's two minutes.
+const prepareTimeout = 90 * time.Second
 
 // removeTimeout bounds how long a deletion waits to tell the agent, which learns of the end without it, too.
 const removeTimeout = 2 * time.Second

@@ -21,6 +21,9 @@ import (
 // attachTimeout bounds how long the lists of all namespaces wait while one of them goes over to its TPM.
 const attachTimeout = 5 * time.Second
 
+// startsAtOnce is how many TPMs are started at a time: each takes a processor, and the kernel gives up on one that is slow to answer.
+const startsAtOnce = 2
+
 // settleTimeout bounds how long a container waits for TPMs to catch up.
 const settleTimeout = 10 * time.Second
 
@@ -43,17 +46,28 @@ func (g *Containers) start(ctx context.Context, c *container, n int) (vtpm.Devic
 		return vtpm.Device{}, err
 	}
 	if i == nil {
-		i, err = vtpm.Start(ctx, config)
-		if errors.Is(err, vtpm.ErrNoProxy) {
-			i, err = g.startBySocket(ctx, c, config, err)
-		}
-		if err != nil {
+		if i, err = g.startOne(ctx, c, config); err != nil {
 			return vtpm.Device{}, err
 		}
 	}
 	device, ok := i.Device()
 	c.Socket = !ok
 	return device, i.Close()
+}
+
+// startOne starts an instance when it is its turn.
+func (g *Containers) startOne(ctx context.Context, c *container, config vtpm.Config) (*vtpm.Instance, error) {
+	select {
+	case g.starts <- struct{}{}:
+		defer func() { <-g.starts }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	i, err := vtpm.Start(ctx, config)
+	if errors.Is(err, vtpm.ErrNoProxy) {
+		return g.startBySocket(ctx, c, config, err)
+	}
+	return i, err
 }
 
 // startBySocket starts the container's only TPM where there is no proxy, for the reason given.
@@ -94,7 +108,7 @@ func (g *Containers) provision(ctx context.Context, config vtpm.Config, ask oci.
 	return err
 }
 
-// created attaches the first TPM, if it is for the list, to the mount namespace of a process of the container.
+// created attaches the first TPM, if there is one, to the mount namespace of a process of the container.
 func (g *Containers) created(ctx context.Context, c *container, pid int) error {
 	inum, err := reach.MountNS(pid)
 	if err != nil {
@@ -175,22 +189,19 @@ func (g *Containers) attach(ctx context.Context, c *container, inum uint32) erro
 // attachment opens the first TPM, and says what the native list is to say of it.
 func (g *Containers) attachment(ctx context.Context, c *container) (namespace.Attachment, error) {
 	a := namespace.Attachment{Config: g.config(c, 0), Keep: true}
-	id, err := vtpm.ReadIdentity(a.Config.Dir)
-	if err != nil {
-		return a, err
-	}
-	a.Binding = binding.Attach{TPM: binding.TPM20, Way: binding.Proxy, Container: c.id, Image: c.Request.Image}
+	a.Binding = binding.Attach{TPM: binding.TPM12, Way: binding.Proxy, Container: c.id, Image: c.Request.Image}
 	if c.Socket {
 		a.Binding.Way = binding.Socket
 	}
 	if c.byHand() {
 		a.Binding.Container = c.Of
 	}
-	if a.Binding.EK, err = binding.ParseName(id.EK); err != nil {
-		return a, err
-	}
-	if a.Binding.AK, err = binding.ParseName(id.AK); err != nil {
-		return a, err
+	var err error
+	if a.Config.Version == vtpm.TPM20 {
+		a.Binding.TPM = binding.TPM20
+		if err := nameKeys(&a.Binding, a.Config.Dir); err != nil {
+			return a, err
+		}
 	}
 	if d := c.Request.ImageDigest; d != "" {
 		if a.Binding.ImageDigest, err = ima.ParseDigest(d); err != nil {
@@ -232,4 +243,17 @@ func (g *Containers) serveAgain(c *container) error {
 		return fmt.Errorf("its programs can't reach it: %w", err)
 	}
 	return nil
+}
+
+// nameKeys fills in which keys a TPM 2.0 has.
+func nameKeys(b *binding.Attach, dir string) error {
+	id, err := vtpm.ReadIdentity(dir)
+	if err != nil {
+		return err
+	}
+	if b.EK, err = binding.ParseName(id.EK); err != nil {
+		return err
+	}
+	b.AK, err = binding.ParseName(id.AK)
+	return err
 }

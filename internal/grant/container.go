@@ -122,9 +122,9 @@ func (g *Containers) stop(c *container) error {
 	return errors.Join(errs...)
 }
 
-// listTPM reports whether the container's first TPM is for its list.
+// listTPM reports whether the container has a TPM for its list, which is its first.
 func (c *container) listTPM() bool {
-	return len(c.Request.VTPMs) > 0 && c.Request.VTPMs[0].Version != "1.2"
+	return len(c.Request.VTPMs) > 0
 }
 
 // lives reports whether the container's namespace is still there.

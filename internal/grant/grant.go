@@ -12,7 +12,7 @@
 // record before the grant is given out, so that a crash of the agent leaves nothing that the next one does not find.
 //
 // The first vTPM of a container is its list's: its namespace's entries, from the first on, are extended into it, and the native list
-// names it. Others, and a first one of version 1.2, are the container's alone.
+// names it. Others are the container's alone.
 package grant
 
 import (
@@ -69,8 +69,9 @@ type Config struct {
 // Containers grants containers what they ask for. All its methods may be called from several goroutines.
 type Containers struct {
 	Config
-	mu    sync.Mutex
-	known map[string]*container
+	starts chan struct{} // has room for startsAtOnce
+	mu     sync.Mutex
+	known  map[string]*container
 }
 
 var _ oci.Containers = (*Containers)(nil)
@@ -83,7 +84,7 @@ func Open(c Config) (*Containers, error) {
 	if err := durable.Mkdir(c.Dir); err != nil {
 		return nil, fmt.Errorf("containers' folder: %w; choose another with --state-dir", err)
 	}
-	g := &Containers{Config: c, known: make(map[string]*container)}
+	g := &Containers{Config: c, starts: make(chan struct{}, startsAtOnce), known: make(map[string]*container)}
 	entries, err := os.ReadDir(c.Dir)
 	if err != nil {
 		return nil, fmt.Errorf("containers' folder: %w", err)

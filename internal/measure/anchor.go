@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"time"
 
+	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/tpmext"
 )
 
 // interruptAfter is how long a command of the TPM that a list has may keep it from going over to another.
@@ -35,8 +37,8 @@ type move struct {
 // deadline.
 //
 // The banks are the new TPM's own. An entry extends each of them with the digest of that bank, computed from the log, so a list may
-// go over to one with other banks; only boot_aggregate has to be the same, and its bank (that of Config.Algo, else SHA-256, else
-// SHA-1) has to be there.
+// go over to one with other banks; only boot_aggregate has to be the same, in its bank (that of Config.Algo, else SHA-256, else
+// SHA-1). If both TPMs were just started when they said so, it may be in another bank: that no register had anything.
 //
 // A crash: from this call on Open is to be given the new TPM, be it with none, some or all of the log, and goes on with the rest. So
 // a caller has on record which one that is before it calls Anchor.
@@ -74,8 +76,8 @@ func (l *List) CheckTPM(ctx context.Context, tpm TPM) error {
 	if err != nil {
 		return err
 	}
-	if !bytes.Equal(want.Data(), logged.Data()) {
-		if have := logged.FileDigest(); have.IsZero() {
+	if have := logged.FileDigest(); !bytes.Equal(want.Data(), logged.Data()) && !(bootedNothing(have) && bootedNothing(d)) {
+		if have.IsZero() {
 			return fmt.Errorf("%w: the list began without a TPM, its boot_aggregate says so, and it can't get one any more; "+
 				"give the namespace its TPM before its first entry, or run the agent with --ns-tpm swtpm", ErrForeign)
 		}
@@ -99,6 +101,11 @@ func (l *List) CheckTPM(ctx context.Context, tpm TPM) error {
 		}
 	}
 	return nil
+}
+
+// bootedNothing reports whether a boot_aggregate is that of a TPM which was just started.
+func bootedNothing(d ima.Digest) bool {
+	return !d.IsZero() && d == tpmext.StartedBootAggregate([]ima.HashAlgo{d.Algo()}, d.Algo())
 }
 
 // first reads boot_aggregate back from the log.

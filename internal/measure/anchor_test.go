@@ -12,6 +12,7 @@ import (
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/tpmext"
+	"imans.dev/imans-agent/internal/tpmext/tpmtest"
 )
 
 // another gives the same list's folder a TPM that has just been started.
@@ -384,4 +385,57 @@ func TestDetach(t *testing.T) {
 	}
 	await(t, l.Settle)
 	b.check()
+}
+
+// A list can begin in a TPM 1.2 and go on there, and go over to one from a TPM 2.0: its boot_aggregate says that nothing was booted,
+// though in another bank.
+func TestTPM12(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		from func(t *testing.T, b *bench) *List
+	}{
+		{"from the beginning", func(t *testing.T, b *bench) *List {
+			l, _ := b.open(b.config())
+			return l
+		}},
+		{"from a TPM 2.0", func(t *testing.T, b *bench) *List {
+			old := newBench(t)
+			old.dir = b.dir
+			l, _ := old.open(old.config())
+			await(t, l.Append(entryOf(t, 11, "/bin/other-register")).Extended)
+			anchor(t, l, b.tpm)
+			return l
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := benchOf(t, tpmtest.StartTPM12(t))
+			l := c.from(t, b)
+			defer l.Close()
+			l.Append(violation(t))
+			await(t, l.Append(entry(t, 1)).Extended)
+			names := b.check()
+			l.Close()
+			l, recovery := b.open(b.config())
+			defer l.Close()
+			if recovery.Entries != len(names) || recovery.Unextended != 0 {
+				t.Errorf("recovered %+v of %v", recovery, names)
+			}
+			await(t, l.Append(entry(t, 2)).Extended)
+			b.check()
+		})
+	}
+}
+
+// A TPM that has booted something is no other's, whatever its banks.
+func TestTPM12RefusesBooted(t *testing.T) {
+	old := newBench(t)
+	l, _ := old.open(old.config())
+	defer l.Close()
+	b := benchOf(t, tpmtest.StartTPM12(t))
+	if err := b.tpm.Extend(t.Context(), 4, []ima.Digest{ima.ZeroDigest(ima.SHA1)}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Anchor(t.Context(), b.tpm); !errors.Is(err, ErrForeign) {
+		t.Errorf("anchor: %v", err)
+	}
 }

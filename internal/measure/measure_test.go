@@ -31,7 +31,11 @@ type bench struct {
 
 func newBench(t testing.TB) *bench {
 	t.Helper()
-	swtpm := tpmtest.Start(t)
+	return benchOf(t, tpmtest.Start(t))
+}
+
+func benchOf(t testing.TB, swtpm *tpmtest.Swtpm) *bench {
+	t.Helper()
 	tpm, err := tpmext.Open(t.Context(), swtpm.Address())
 	if err != nil {
 		t.Fatal(err)

@@ -19,7 +19,7 @@ func (t *TPM) BootAggregate(ctx context.Context, algo ima.HashAlgo) (ima.Digest,
 	}
 	values, err := t.readPCRs(ctx, []ima.HashAlgo{bank}, pcrs)
 	if err != nil {
-		return ima.Digest{}, named("boot aggregate: TPM2_PCR_Read", err)
+		return ima.Digest{}, named("read boot aggregate", err)
 	}
 	return bootAggregate(bank, pcrs, func(pcr int) ima.Digest { return values[pcr][bank] })
 }

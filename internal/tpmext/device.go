@@ -21,7 +21,7 @@ func openDevice(path string) (*device, error) {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
 	case errors.Is(err, unix.EBUSY):
-		return nil, fmt.Errorf("open %s: %w: it admits one program at a time and has one; use /dev/tpmrm0, which admits many",
+		return nil, fmt.Errorf("open %s: %w: it admits one program at a time and has one; a TPM 2.0 has /dev/tpmrm0, too, which admits many",
 			path, err)
 	case errors.Is(err, unix.ENOENT):
 		return nil, fmt.Errorf("open %s: %w: this machine has no TPM 2.0 driver for it; look at `ls /dev/tpm*`", path, err)

@@ -80,13 +80,13 @@ func (t *TPM) ReadPCR(ctx context.Context, pcr int) (map[ima.HashAlgo]ima.Digest
 }
 
 // ReadPCRs returns the values of several PCRs in each active bank, all of one moment by the TPM's update counter. Errors:
-// ErrUnavailable, ErrUnstable, or a tpm2.TPMRC.
+// ErrUnavailable, ErrUnstable, a tpm2.TPMRC, or a Code12.
 func (t *TPM) ReadPCRs(ctx context.Context, pcrs ...int) (map[int]map[ima.HashAlgo]ima.Digest, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	values, err := t.readPCRs(ctx, t.banks, pcrs)
 	if err != nil {
-		return nil, named(fmt.Sprintf("TPM2_PCR_Read of %v", pcrs), err)
+		return nil, named(fmt.Sprintf("read PCRs %v", pcrs), err)
 	}
 	return values, nil
 }
@@ -100,6 +100,9 @@ func (t *TPM) readPCRs(ctx context.Context, banks []ima.HashAlgo, pcrs []int) (m
 		if pcr < 0 || pcr >= NumPCRs {
 			return nil, fmt.Errorf("PCR %d is not one of 0 to %d", pcr, NumPCRs-1)
 		}
+	}
+	if t.tpm12 {
+		return t.readPCRs12(ctx, pcrs)
 	}
 	for range unstableTries {
 		r := pcrRead{c: command{t, ctx}, values: make(map[int]map[ima.HashAlgo]ima.Digest)}
@@ -192,14 +195,14 @@ func (r *pcrRead) take(rsp *tpm2.PCRReadResponse) (n int, err error) {
 	return n, nil
 }
 
-// Extend extends a PCR in all active banks by one TPM2_PCR_Extend (Part 3, section 22.2). The digests must be one for each
+// Extend extends a PCR in all active banks by one TPM2_PCR_Extend (Part 3, section 22.2), or TPM_Extend. The digests must be one for each
 // active bank, in any order; else nothing is sent. After ErrUnavailable it is unknown whether the PCR was extended; after any
 // other error it was not.
 func (t *TPM) Extend(ctx context.Context, pcr int, digests []ima.Digest) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if err := t.extendPCR(ctx, pcr, digests); err != nil {
-		return named(fmt.Sprintf("TPM2_PCR_Extend of PCR %d", pcr), err)
+		return named(fmt.Sprintf("extend PCR %d", pcr), err)
 	}
 	return nil
 }
@@ -210,6 +213,9 @@ func (t *TPM) extendPCR(ctx context.Context, pcr int, digests []ima.Digest) erro
 	}
 	if !covers(digests, t.banks) {
 		return fmt.Errorf("digests %v are not one for each of the active banks %v", digests, t.banks)
+	}
+	if t.tpm12 {
+		return t.extend12(ctx, pcr, digests[0])
 	}
 	t.extend = appendExtend(t.extend[:0], pcr, digests)
 	response, err := t.roundTrip(ctx, t.extend)

@@ -77,13 +77,3 @@ func TestPlatformIsClosed(t *testing.T) {
 		t.Errorf("clear after a reset: %v, want TPM_RC_DISABLED", err)
 	}
 }
-
-func TestTPM12IsRefused(t *testing.T) {
-	swtpm := tpmtest.StartTPM12(t)
-	if tpm, err := Open(t.Context(), swtpm.Address()); !errors.Is(err, ErrVersion) {
-		if err == nil {
-			tpm.Close()
-		}
-		t.Errorf("open a TPM 1.2: %v, want ErrVersion", err)
-	}
-}

@@ -61,6 +61,12 @@ func (t *TPM) sendOnce(ctx context.Context, input []byte) ([]byte, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err // nothing was sent
 	}
+	if t.lent && !t.closed {
+		if err := t.borrow(ctx); err != nil {
+			return nil, err
+		}
+		defer t.drop()
+	}
 	if t.conn == nil {
 		return nil, fmt.Errorf("%w: no connection to %s", ErrUnavailable, t.address)
 	}
@@ -88,15 +94,16 @@ func responseCode(response []byte) tpm2.TPMRC {
 	return tpm2.TPMRC(binary.BigEndian.Uint32(response[6:]))
 }
 
-// askedToRetry reports whether the TPM did nothing and wants the same command again. Source: Part 2, section 6.6.3.
+// askedToRetry reports whether the TPM did nothing and wants the same command again. Source: Part 2, section 6.6.3. What a TPM 1.2
+// says then is no code of a TPM 2.0.
 func askedToRetry(rc tpm2.TPMRC) bool {
-	return rc == tpm2.TPMRCRetry || rc == tpm2.TPMRCYielded || rc == tpm2.TPMRCTesting
+	return rc == tpm2.TPMRCRetry || rc == tpm2.TPMRCYielded || rc == tpm2.TPMRCTesting || rc == retry12 || rc == testing12
 }
 
 // tpm12Codes is where the response codes of a TPM 1.2 end and those of a TPM 2.0 begin. Source: Part 2, section 6.6.2.
 const tpm12Codes = tpm2.TPMRC(0x100)
 
-// named says which command failed, and names the response codes that callers decide by.
+// named says what failed, and names the response codes that callers decide by.
 func named(name string, err error) error {
 	var rc tpm2.TPMRC
 	switch {

@@ -1,7 +1,11 @@
-// Package tpmext reads and extends PCRs of a TPM 2.0, over go-tpm's transport.
+// Package tpmext reads and extends PCRs of a TPM 2.0 or 1.2, over go-tpm's transport.
 //
 // Open connects to a device, a Unix socket or a TCP port, and keeps that one connection: swtpm serves one client at a time, and
 // a new connection for each command costs half as much again. Commands are sent one at a time, in the order of the calls.
+//
+// Open finds out which of the two it talks to. A TPM 1.2 has one bank, SHA-1, and its device admits one program at a time: that one is
+// open during commands only, each waits for a moment if another program has it, and while that goes on it is ErrUnavailable. Commands
+// of a TPM 2.0 that a TPM 1.2 does not know are ErrVersion.
 //
 // It promises that Extend extends all active banks by one command, or tells that it does not know: after ErrUnavailable a
 // command may or may not have been carried out. The caller then calls Reopen and reads the register before it extends again.
@@ -10,7 +14,7 @@
 //
 // A TPM is itself a transport.TPM: any command of go-tpm's tpm2 can be run on it, between the extends.
 //
-// Source: TCG TPM 2.0 Library, Part 3, section 22 (PCR commands), Part 2, section 6.6 (response codes).
+// Source: TCG TPM 2.0 Library, Part 3, section 22 (PCR commands), Part 2, section 6.6 (response codes); tpm12.go names TPM 1.2's.
 package tpmext
 
 import (
@@ -33,8 +37,8 @@ var (
 	ErrFailureMode = errors.New("TPM in failure mode; only a reset of the machine (or a restart of swtpm) brings it back")
 	// ErrNotStarted means that nobody sent TPM2_Startup: TPM_RC_INITIALIZE.
 	ErrNotStarted = errors.New("TPM not started; the firmware does that, for swtpm the flag startup-clear")
-	// ErrVersion means that the TPM is a TPM 1.2, whose registers this package neither reads nor extends.
-	ErrVersion = errors.New("a TPM 1.2, which can be neither read nor extended here; use a TPM 2.0")
+	// ErrVersion means that the TPM is a TPM 1.2, which does not know the command.
+	ErrVersion = errors.New("a TPM 1.2, which can't do that; use a TPM 2.0")
 	// ErrUnstable means that each time registers were read by several commands, another program extended between them.
 	ErrUnstable = errors.New("the PCRs keep changing")
 )
@@ -52,6 +56,8 @@ type TPM struct {
 	conn   transport.TPMCloser // nil while the connection is lost
 	banks  []ima.HashAlgo      // active, in the TPM's order
 	closed bool
+	tpm12  bool   // it is a TPM 1.2
+	lent   bool   // its device is open during commands only
 	extend []byte // scratch: the TPM2_PCR_Extend being sent
 }
 
@@ -68,6 +74,9 @@ func Open(ctx context.Context, address string) (*TPM, error) {
 // OpenDialer is Open for a TPM that is reached in another way; address stands for it in messages.
 func OpenDialer(ctx context.Context, address string, dial Dialer) (*TPM, error) {
 	t := &TPM{address: address, dial: dial, pauses: retryPauses}
+	if isDevice12(address) {
+		t.tpm12, t.lent, t.banks = true, true, []ima.HashAlgo{ima.SHA1}
+	}
 	if err := t.Reopen(ctx); err != nil {
 		return nil, err
 	}
@@ -88,12 +97,21 @@ func (t *TPM) Reopen(ctx context.Context) error {
 	t.drop()
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
+	if t.lent { // there is nothing to connect between commands
+		if _, err := t.read12(ctx, 0); err != nil {
+			return fmt.Errorf("open TPM %s: %w", t.address, err)
+		}
+		return nil
+	}
 	conn, err := t.dial(ctx)
 	if err != nil {
 		return fmt.Errorf("open TPM %s: %w: %w", t.address, ErrUnavailable, err)
 	}
 	t.conn = conn
 	banks, err := t.activeBanks(ctx)
+	if errors.Is(err, ErrVersion) {
+		banks, err = []ima.HashAlgo{ima.SHA1}, t.open12(ctx)
+	}
 	if err == nil && len(banks) == 0 {
 		err = errors.New("no active PCR bank; allocate one (tpm2_pcrallocate sha256:all) and reset the TPM")
 	}

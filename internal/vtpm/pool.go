@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -25,6 +26,10 @@ type PoolConfig struct {
 	Authority *Authority
 	Banks     []ima.HashAlgo // active PCR banks; nil: those that swtpm has by default
 }
+
+// calm is how long nothing must have been taken before a successor is made: making keys takes a processor, which those that are being
+// started need.
+const calm = 2 * time.Second
 
 // Pool keeps provisioned TPMs ready, so that what starts one does not wait for its keys. Its methods may be called from several
 // goroutines; one process at a time uses a pool's folder.
@@ -88,8 +93,8 @@ func discard(ctx context.Context, dir string) error {
 	return os.RemoveAll(dir)
 }
 
-// Run provisions TPMs, one at a time, whenever fewer than Size are ready, until the context ends: then it returns nil. It returns
-// the first error; the pool can still be used, and Run be called again.
+// Run provisions TPMs, one at a time, whenever fewer than Size are ready, until the context ends: then it returns nil. While some are
+// ready it waits for a moment in which none is taken. It returns the first error; the pool can still be used, and Run be called again.
 func (p *Pool) Run(ctx context.Context) error {
 	for {
 		for p.Ready() < p.config.Size {
@@ -104,8 +109,22 @@ func (p *Pool) Run(ctx context.Context) error {
 		}
 		select {
 		case <-p.taken:
+			p.awaitCalm(ctx)
 		case <-ctx.Done():
 			return nil
+		}
+	}
+}
+
+// awaitCalm waits until nothing is taken any more, or nothing is ready any more.
+func (p *Pool) awaitCalm(ctx context.Context) {
+	for p.Ready() > 0 {
+		select {
+		case <-p.taken:
+		case <-time.After(calm):
+			return
+		case <-ctx.Done():
+			return
 		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"imans.dev/imans-agent/internal/ima"
@@ -169,4 +170,29 @@ func TestPoolRunTellsWhatIsWrong(t *testing.T) {
 	if n := folders(t, pc.Dir); n != 0 {
 		t.Errorf("%d folders are left", n)
 	}
+}
+
+// A successor is not made while others are being started, unless there is none left for them.
+func TestPoolAwaitsCalm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &Pool{taken: make(chan struct{}, 1), ready: []string{"one", "two"}}
+		begun := time.Now()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			p.awaitCalm(t.Context())
+		}()
+		time.Sleep(calm / 2)
+		p.get()
+		<-done
+		if took := time.Since(begun); took != calm+calm/2 {
+			t.Errorf("calm after %v, with a TPM taken after %v", took, calm/2)
+		}
+		p.get()
+		begun = time.Now()
+		p.awaitCalm(t.Context())
+		if took := time.Since(begun); took != 0 {
+			t.Errorf("nothing is ready, and a successor waits for %v", took)
+		}
+	})
 }

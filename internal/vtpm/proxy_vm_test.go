@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/tpmext"
 )
 
@@ -321,9 +322,7 @@ func TestVTPMProxyTPM12(t *testing.T) {
 	if err != nil || !strings.Contains(string(pcrs), "PCR-10: 00 00") {
 		t.Errorf("the kernel reads no PCR 10 of it: %s, %v", pcrs, err)
 	}
-	if _, err := tpmext.Open(t.Context(), i.Address()); !errors.Is(err, tpmext.ErrVersion) {
-		t.Errorf("open: %v, want ErrVersion", err)
-	}
+	lentTPM12(t, d)
 	i.Close()
 	i, err = Adopt(Config{Dir: c.Dir})
 	if err != nil {
@@ -336,6 +335,56 @@ func TestVTPMProxyTPM12(t *testing.T) {
 		t.Error(err)
 	}
 	lacks(t, d.TPM.Path)
+}
+
+// lentTPM12 extends and reads a device of a TPM 1.2 that others use as well: one at a time has it.
+func lentTPM12(t *testing.T, d Device) {
+	t.Helper()
+	tpm, err := tpmext.Open(t.Context(), d.TPM.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tpm.Close()
+	held := func() *os.File { // a TPM that is open here is open nowhere else
+		t.Helper()
+		f, err := os.OpenFile(d.TPM.Path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	held().Close()
+	extend := func() error {
+		d, err := ima.NewDigest(ima.SHA1, make([]byte, 20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return tpm.Extend(t.Context(), 10, []ima.Digest{d})
+	}
+	if err := extend(); err != nil {
+		t.Error(err)
+	}
+	other := held()
+	defer other.Close()
+	before, err := tpm.ReadPCR(t.Context(), 10)
+	if err != nil || before[ima.SHA1].IsZero() {
+		t.Errorf("PCR 10 while another program has the TPM: %v, %v", before, err)
+	}
+	if err := extend(); !errors.Is(err, tpmext.ErrUnavailable) || !errors.Is(err, unix.EBUSY) {
+		t.Errorf("extend while another program has the TPM: %v", err)
+	}
+	if again, err := tpmext.Open(t.Context(), d.TPM.Path); err != nil {
+		t.Errorf("open while another program has the TPM: %v", err)
+	} else {
+		again.Close()
+	}
+	time.AfterFunc(100*time.Millisecond, func() { other.Close() })
+	if err := extend(); err != nil {
+		t.Errorf("extend while another program is about to be done: %v", err)
+	}
+	if after, err := tpm.ReadPCR(t.Context(), 10); err != nil || after[ima.SHA1] == before[ima.SHA1] {
+		t.Errorf("PCR 10 after an extend: %v, %v", after, err)
+	}
 }
 
 // Many in turn leave no device, no process and no descriptor.

@@ -40,8 +40,7 @@ var ErrLost = errors.New("the vTPM is not running any more, its PCRs are lost")
 // Version is which TPM an instance is.
 type Version int
 
-// TPM20 is the zero value. A TPM 1.2 is to be had as a proxy device only, and without identity; tpmext.Open refuses it
-// (tpmext.ErrVersion).
+// TPM20 is the zero value. A TPM 1.2 is to be had as a proxy device only, and without identity.
 const (
 	TPM20 Version = iota
 	TPM12

@@ -40,7 +40,13 @@ func StartFlags(t testing.TB, flags string) *Swtpm {
 // StartTPM12 is Start of a TPM 1.2.
 func StartTPM12(t testing.TB) *Swtpm {
 	t.Helper()
-	return start(t, true, "not-need-init,startup-clear")
+	return StartTPM12Flags(t, "not-need-init,startup-clear")
+}
+
+// StartTPM12Flags is StartFlags of a TPM 1.2.
+func StartTPM12Flags(t testing.TB, flags string) *Swtpm {
+	t.Helper()
+	return start(t, true, flags)
 }
 
 func start(t testing.TB, tpm12 bool, flags string) *Swtpm {

@@ -77,6 +77,15 @@ func ready(t *testing.T, c *tenant) *tenant {
 // startBundle starts a container by a runtime itself, its spec as edit leaves it.
 func startBundle(t *testing.T, runtime, root, id string, edit func(spec map[string]any)) *tenant {
 	t.Helper()
+	c, start := makeBundle(t, runtime, root, id, edit)
+	sh(t, start)
+	c.started(root)
+	return ready(t, c)
+}
+
+// makeBundle makes what startBundle starts, and returns the line of shell that starts it.
+func makeBundle(t *testing.T, runtime, root, id string, edit func(spec map[string]any)) (c *tenant, start string) {
+	t.Helper()
 	bundle := filepath.Dir(root)
 	sh(t, fmt.Sprintf("cd %s && %s spec", bundle, runtime))
 	var spec map[string]any
@@ -100,13 +109,18 @@ func startBundle(t *testing.T, runtime, root, id string, edit func(spec map[stri
 		t.Fatal(err)
 	}
 	wrapped := wrapperDir + "/imans-" + runtime
-	c := &tenant{t: t, id: id, exec: []string{wrapped, "exec", id}, end: []string{wrapped, "delete", "--force", id}}
+	c = &tenant{t: t, id: id, exec: []string{wrapped, "exec", id}, end: []string{wrapped, "delete", "--force", id}}
 	t.Cleanup(func() { exec.Command(runtime, "delete", "--force", id).Run() })
-	sh(t, fmt.Sprintf("cd %s && %s run --detach --pid-file pid %s >log 2>&1 </dev/null || { cat log; exit 1; }; cat log", bundle, wrapped, id))
-	if c.pid, err = strconv.Atoi(readFile(t, bundle+"/pid")); err != nil {
-		t.Fatal(err)
+	return c, fmt.Sprintf("cd %s && %s run --detach --pid-file pid %s >log 2>&1 </dev/null || { cat log; exit 1; }; cat log", bundle, wrapped, id)
+}
+
+// started finds out the process of a bundle that was started.
+func (c *tenant) started(root string) {
+	c.t.Helper()
+	var err error
+	if c.pid, err = strconv.Atoi(readFile(c.t, filepath.Dir(root)+"/pid")); err != nil {
+		c.t.Fatal(err)
 	}
-	return ready(t, c)
 }
 
 // startPodman starts one by podman and crun.
@@ -315,15 +329,27 @@ func (a *agent) removed(c *tenant) {
 
 // vtpmBinding is what verify says of a vTPM.
 type vtpmBinding struct {
-	Namespace, Container, Way, EK, AK string
-	End                               *struct {
+	Namespace, Container, TPM, Way, EK, AK string
+	End                                    *struct {
 		Cause   string
 		Entries int
 	}
 }
 
-// bindingOf returns what the native list says of a container's vTPM, which the machine's own TPM proves.
+// bindingOf returns what the native list says of a container's first vTPM, which the machine's own TPM proves.
 func (a *agent) bindingOf(id string) vtpmBinding {
+	a.t.Helper()
+	for _, b := range a.bindings() {
+		if b.Container == id {
+			return b
+		}
+	}
+	a.t.Fatalf("no binding of %s", id)
+	return vtpmBinding{}
+}
+
+// bindings returns all that the native list says of vTPMs, in its order.
+func (a *agent) bindings() []vtpmBinding {
 	a.t.Helper()
 	a.settled("native")
 	file := a.write("native-list", a.cli("measurements", "native", "--format", "binary"))
@@ -332,11 +358,5 @@ func (a *agent) bindingOf(id string) vtpmBinding {
 	if err := json.Unmarshal([]byte(out), &result); err != nil {
 		a.t.Fatalf("%v: %s", err, out)
 	}
-	for _, b := range result.Bindings {
-		if b.Container == id {
-			return b
-		}
-	}
-	a.t.Fatalf("no binding of %s in %s", id, out)
-	return vtpmBinding{}
+	return result.Bindings
 }
