@@ -28,6 +28,7 @@ import (
 	"imans.dev/imans-agent/internal/loader"
 	"imans.dev/imans-agent/internal/measure"
 	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/nri"
 	"imans.dev/imans-agent/internal/policy"
 	"imans.dev/imans-agent/internal/tpmext"
 	"imans.dev/imans-agent/internal/vtpm"
@@ -48,6 +49,7 @@ type Config struct {
 	SwtpmUser string // that vTPMs of containers run as; "": the agent's own
 	Pool      int    // vTPMs kept ready for containers
 	PolicyDir string // policies that containers may name
+	NRI       NRI
 	Digest    string // "auto", "kernel" or "agent"
 	Template  string
 	Hash      string // of files, as IMA's ima_hash
@@ -154,6 +156,9 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 		}
 		group.Go(func() error { return given.granted.Run(ctx) })
 		group.Go(func() error { return fill(ctx, given.pool, log) })
+		if c.NRI.Socket != NoNRI {
+			group.Go(func() error { return nri.Run(ctx, c.NRI.plugin(given, log)) })
+		}
 	}
 	log.Info("measuring", zap.Int("namespaces", len(tree.List())), zap.String("socket", server.Path()))
 	group.Go(func() error { return p.run(ctx) })
@@ -218,6 +223,9 @@ func prepare(c Config, kernelDigests bool, log *zap.Logger) (namespace.Config, e
 	case "none":
 	default:
 		return none, usage("--ns-tpm %s: want swtpm or none", c.NSTPM)
+	}
+	if err := c.NRI.check(c.NSTPM == "swtpm"); err != nil {
+		return none, err
 	}
 	if c.Archive != "" {
 		if t.Archive, err = prepareArchive(c.Archive); err != nil {

@@ -43,15 +43,15 @@ type Config struct {
 	Socket     string   // of the runtime; none: /var/run/nri/nri.sock
 	Namespaces []string // pod namespaces whose containers get a vTPM without asking
 	Labels     []string // NAME=VALUE; so do those of a pod that has one of these
-	// Timeout bounds how long a container waits for us; 0: DefaultTimeout. Runtimes drop a plugin that takes longer than they
-	// allow, two seconds by default.
+	// Timeout bounds how long a container waits for us; 0: three quarters of what the runtime allows. It drops a plugin that takes
+	// longer than that, which is two seconds unless it is configured otherwise.
 	Timeout time.Duration
 	// Required has containers that are to get a vTPM fail without it; imans.dev/required says so for one.
 	Required bool
 	Log      *zap.Logger
 }
 
-// DefaultTimeout is below what runtimes allow a plugin by default.
+// DefaultTimeout is for runtimes that do not say what they allow; it is below their default.
 const DefaultTimeout = 1500 * time.Millisecond
 
 // plugin answers a runtime. The methods' names are the interface's.

@@ -262,6 +262,16 @@ func TestNRIChoice(t *testing.T) {
 	}
 }
 
+func TestNRITimeout(t *testing.T) {
+	for allowed, want := range map[time.Duration]time.Duration{
+		0: DefaultTimeout, 2 * time.Second: DefaultTimeout, time.Minute: 45 * time.Second,
+	} {
+		if got := timeout(allowed); got != want {
+			t.Errorf("of %v that the runtime allows it takes %v, want %v", allowed, got, want)
+		}
+	}
+}
+
 // Whatever the agent does, a container is created within a bound or refused where that was asked for.
 func TestNRIFailure(t *testing.T) {
 	asking, required := map[string]string{oci.AnnotationVTPM: "true"}, map[string]string{oci.AnnotationVTPM: "true", oci.AnnotationRequired: "true"}
