@@ -33,6 +33,8 @@ It runs until it gets SIGTERM. The kernel side and the vTPMs go on working meanw
 start takes over where this one stopped; imans-agent unload takes them out.`,
 		Example: `  imans-agent --policy exec                       measure programs and executable mappings
   imans-agent --policy /etc/imans/policy --pcr 11  the native list in PCR 11
+  imans-agent --policy exec --namespaces containers --nri /var/run/nri/nri.sock
+                                                  Kubernetes' containers get the vTPMs they ask for
   imans-agent ns                                  the namespaces and their lists`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -54,6 +54,7 @@ func (n NRI) check(swtpm bool) error {
 // plugin is the plugin's configuration for an agent that gives containers what they ask for.
 func (n NRI) plugin(given *containers, log *zap.Logger) nri.Config {
 	return nri.Config{
-		Containers: given.granted, Socket: n.Socket, Namespaces: n.Namespaces, Labels: n.Labels, Required: n.Required, Log: log.Named("nri"),
+		Containers: given.granted, There: given.granted.There, Socket: n.Socket, Namespaces: n.Namespaces, Labels: n.Labels, Required: n.Required,
+		Log: log.Named("nri"),
 	}
 }

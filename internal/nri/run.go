@@ -27,7 +27,7 @@ const (
 // Run is the plugin until ctx ends. It waits for a runtime that is not there, and connects again to one that was started anew.
 // The first failure of each kind is logged.
 func Run(ctx context.Context, c Config) error {
-	if c.Containers == nil {
+	if c.Containers == nil || c.There == nil {
 		return errors.New("run the NRI plugin: nobody grants containers anything")
 	}
 	if c.Socket == "" {
