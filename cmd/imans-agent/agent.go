@@ -34,6 +34,8 @@ start takes over where this one stopped; imans-agent unload takes them out.`,
 		Example: `  imans-agent --policy exec                       measure programs and executable mappings
   imans-agent --policy /etc/imans/policy --pcr 11  the native list in PCR 11
   imans-agent --policy exec --tpm swtpm           no TPM in the machine: one in software, as honest as the host
+  imans-agent --policy exec --namespaces containers --nri /var/run/nri/nri.sock
+                                                  Kubernetes' containers get the vTPMs they ask for
   imans-agent ns                                  the namespaces and their lists`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -64,6 +66,10 @@ start takes over where this one stopped; imans-agent unload takes them out.`,
 	f.StringVar(&c.SwtpmUser, "swtpm-user", "", "user that containers' vTPMs run as (default: the agent's own)")
 	f.IntVar(&c.Pool, "vtpm-pool", 0, "how many vTPMs to keep ready for containers; without, each is made when it is asked for")
 	f.StringVar(&c.PolicyDir, "policy-dir", "/etc/imans/policies", "folder of the policies that containers may name")
+	f.StringVar(&c.NRI.Socket, "nri", agent.NoNRI, "containerd's or CRI-O's NRI socket, such as /var/run/nri/nri.sock: Kubernetes' containers that ask for a vTPM get it")
+	f.StringArrayVar(&c.NRI.Namespaces, "nri-namespace", nil, "pod namespace whose containers get a vTPM without asking; may be repeated")
+	f.StringArrayVar(&c.NRI.Labels, "nri-label", nil, "NAME=VALUE of pods whose containers get a vTPM without asking; may be repeated")
+	f.BoolVar(&c.NRI.Required, "nri-required", false, "containers that are to get a vTPM fail without it; else they go on")
 	f.StringVar(&c.Digest, "digest", "auto", "who hashes files: kernel, agent, or auto (kernel where it can)")
 	f.StringVar(&c.Template, "template", "ima-ng", "template of entries, as IMA's ima_template")
 	f.StringVar(&c.Hash, "hash", "sha256", "hash of files, as IMA's ima_hash")

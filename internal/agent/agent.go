@@ -27,6 +27,7 @@ import (
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/loader"
 	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/nri"
 	"imans.dev/imans-agent/internal/policy"
 	"imans.dev/imans-agent/internal/reach"
 )
@@ -46,6 +47,7 @@ type Config struct {
 	SwtpmUser string // that vTPMs of containers run as; "": the agent's own
 	Pool      int    // vTPMs kept ready for containers
 	PolicyDir string // policies that containers may name
+	NRI       NRI
 	Digest    string // "auto", "kernel" or "agent"
 	Template  string
 	Hash      string // of files, as IMA's ima_hash
@@ -151,6 +153,9 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 		}
 		group.Go(func() error { return given.granted.Run(ctx) })
 		group.Go(func() error { return fill(ctx, given.pool, log) })
+		if c.NRI.Socket != NoNRI {
+			group.Go(func() error { return nri.Run(ctx, c.NRI.plugin(given, log)) })
+		}
 	}
 	log.Info("measuring", zap.Int("namespaces", len(tree.List())), zap.String("socket", server.Path()))
 	group.Go(func() error { return p.run(ctx) })
@@ -215,6 +220,9 @@ func prepare(c Config, kernelDigests bool, log *zap.Logger) (namespace.Config, e
 	case "none":
 	default:
 		return none, usage("--ns-tpm %s: want swtpm or none", c.NSTPM)
+	}
+	if err := c.NRI.check(c.NSTPM == "swtpm"); err != nil {
+		return none, err
 	}
 	if c.Archive != "" {
 		if t.Archive, err = prepareArchive(c.Archive); err != nil {

@@ -182,6 +182,17 @@ func (g *Containers) look(c *container) error {
 	return nil
 }
 
+// missed takes note of the container's removal if it is one of the plugin's and has been created.
+func (c *container) missed() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.Request.Bundle != "" || c.Deleted || c.State != created && c.State != stopped {
+		return nil
+	}
+	c.Deleted = true
+	return c.record()
+}
+
 // halt ends all TPMs of the container, and notes that it has stopped.
 func (g *Containers) halt(c *container) error {
 	c.State, c.Namespace, c.Attached = stopped, event.MountNS{}, false

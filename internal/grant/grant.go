@@ -301,3 +301,15 @@ func (g *Containers) Removed(_ context.Context, id string) error {
 	c.Deleted = true
 	return c.record()
 }
+
+// There takes note that, of the containers that the runtime's plugin asks for, only these are still there: others were removed while
+// nobody told. Those whose specs were read are not the plugin's.
+func (g *Containers) There(_ context.Context, ids []string) error {
+	var errs []error
+	for _, c := range g.all() {
+		if !slices.Contains(ids, c.id) {
+			errs = append(errs, c.missed())
+		}
+	}
+	return errors.Join(errs...)
+}

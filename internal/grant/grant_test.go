@@ -177,3 +177,33 @@ func TestNodes(t *testing.T) {
 		t.Errorf("a TPM 1.2: %+v, %v", devices, err)
 	}
 }
+
+// Of the plugin's containers those that are gone are dropped; another's, and one that is being created, are not.
+func TestThere(t *testing.T) {
+	g := open(t, config(t.TempDir()))
+	for id, l := range map[string]life{
+		"stays":   {State: stopped},
+		"gone":    {State: stopped},
+		"runs":    {State: created, Namespace: "4:4"},
+		"comes":   {State: prepared, Since: time.Now()},
+		"wrapped": {State: stopped, Request: oci.Request{Bundle: "/srv/wrapped"}},
+	} {
+		l.Request.ID = id
+		leave(t, g, l)
+	}
+	if err := g.There(t.Context(), []string{"stays", "another"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range g.all() {
+		for range 2 { // the first look finds that its namespace is gone
+			if err := g.look(c); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	for id, want := range map[string]bool{"stays": true, "gone": false, "runs": false, "comes": true, "wrapped": true} {
+		if got := there(filepath.Join(g.Dir, id)); got != want {
+			t.Errorf("%s is there: %t, want %t", id, got, want)
+		}
+	}
+}

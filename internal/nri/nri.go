@@ -15,7 +15,7 @@
 //
 // No creation waits for longer than Config.Timeout. One that gets no grant by then goes on without, or fails if it is required;
 // a wrong annotation always fails. A grant that came too late is given back. Containers that were created while this plugin was
-// not connected are told of when it is again, if they ask for a vTPM.
+// not connected are told of when it is again, if they ask for a vTPM; so is which ones are still there.
 //
 // BUG: the interface does not tell a plugin the id mappings of a container's user namespace: RootUID of such a request is 0. The
 // agent sees them when it is told of the process.
@@ -40,18 +40,20 @@ import (
 // Config is what the plugin works with.
 type Config struct {
 	Containers oci.Containers
+	// There is told of all containers that the runtime has, when the plugin has connected.
+	There      func(ctx context.Context, ids []string) error
 	Socket     string   // of the runtime; none: /var/run/nri/nri.sock
 	Namespaces []string // pod namespaces whose containers get a vTPM without asking
 	Labels     []string // NAME=VALUE; so do those of a pod that has one of these
-	// Timeout bounds how long a container waits for us; 0: DefaultTimeout. Runtimes drop a plugin that takes longer than they
-	// allow, two seconds by default.
+	// Timeout bounds how long a container waits for us; 0: three quarters of what the runtime allows. It drops a plugin that takes
+	// longer than that, which is two seconds unless it is configured otherwise.
 	Timeout time.Duration
 	// Required has containers that are to get a vTPM fail without it; imans.dev/required says so for one.
 	Required bool
 	Log      *zap.Logger
 }
 
-// DefaultTimeout is below what runtimes allow a plugin by default.
+// DefaultTimeout is for runtimes that do not say what they allow; it is below their default.
 const DefaultTimeout = 1500 * time.Millisecond
 
 // plugin answers a runtime. The methods' names are the interface's.
@@ -187,6 +189,13 @@ func (p *plugin) RemoveContainer(ctx context.Context, _ *api.PodSandbox, ctr *ap
 func (p *plugin) Synchronize(ctx context.Context, pods []*api.PodSandbox, containers []*api.Container) ([]*api.ContainerUpdate, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.c.Timeout)
 	defer cancel()
+	var ids []string
+	for _, ctr := range containers {
+		ids = append(ids, ctr.GetId())
+	}
+	if err := p.c.There(ctx, ids); err != nil {
+		p.c.Log.Warn("could not tell which containers are still there", zap.Error(err))
+	}
 	for _, ctr := range containers {
 		i := slices.IndexFunc(pods, func(pod *api.PodSandbox) bool { return pod.GetId() == ctr.GetPodSandboxId() })
 		if i < 0 || ctr.GetPid() == 0 {

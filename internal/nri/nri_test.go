@@ -63,6 +63,10 @@ func (g *granted) Created(_ context.Context, id string, pid int) error {
 func (g *granted) Stopped(_ context.Context, id string) error { return g.tell("stopped " + id) }
 func (g *granted) Removed(_ context.Context, id string) error { return g.tell("removed " + id) }
 
+func (g *granted) there(_ context.Context, ids []string) error {
+	return g.tell(fmt.Sprint("there ", ids))
+}
+
 // startRuntime starts the runtime's side of the interface; there is what it has when a plugin connects.
 func startRuntime(socket, dir string, pod *api.PodSandbox, there ...*api.Container) (*adaptation.Adaptation, error) {
 	synchronize := func(ctx context.Context, with adaptation.SyncCB) error {
@@ -153,13 +157,16 @@ func create(t *testing.T, r *adaptation.Adaptation, pod *api.PodSandbox, ctr *ap
 func TestNRI(t *testing.T) {
 	g := &granted{}
 	socket := filepath.Join(t.TempDir(), "nri.sock")
-	run(t, Config{Containers: g, Socket: socket}) // before there is a runtime
+	run(t, Config{Containers: g, There: g.there, Socket: socket}) // before there is a runtime
 	first := exec.Command(os.Args[0])
 	first.Env = append(os.Environ(), runtimeSocket+"="+socket)
 	if err := first.Start(); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "tell of what there is", func() bool { return slices.Contains(g.heard(), "created c0 41") })
+	if !slices.Contains(g.heard(), "there [c0]") {
+		t.Errorf("told %q", g.heard())
+	}
 	if err := first.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -259,6 +266,16 @@ func TestNRIChoice(t *testing.T) {
 				t.Errorf("wants %t, %v, want %t", r.Wants(), err, c.want)
 			}
 		})
+	}
+}
+
+func TestNRITimeout(t *testing.T) {
+	for allowed, want := range map[time.Duration]time.Duration{
+		0: DefaultTimeout, 2 * time.Second: DefaultTimeout, time.Minute: 45 * time.Second,
+	} {
+		if got := timeout(allowed); got != want {
+			t.Errorf("of %v that the runtime allows it takes %v, want %v", allowed, got, want)
+		}
 	}
 }
 

@@ -12,6 +12,9 @@ import (
 	"go.uber.org/zap"
 )
 
+// DefaultSocket is where runtimes have their socket unless told otherwise.
+const DefaultSocket = api.DefaultSocketPath
+
 const (
 	pluginName  = "imans"
 	pluginIndex = "90" // behind those that decide what a container is
@@ -24,14 +27,11 @@ const (
 // Run is the plugin until ctx ends. It waits for a runtime that is not there, and connects again to one that was started anew.
 // The first failure of each kind is logged.
 func Run(ctx context.Context, c Config) error {
-	if c.Containers == nil {
+	if c.Containers == nil || c.There == nil {
 		return errors.New("run the NRI plugin: nobody grants containers anything")
 	}
 	if c.Socket == "" {
-		c.Socket = api.DefaultSocketPath
-	}
-	if c.Timeout <= 0 {
-		c.Timeout = DefaultTimeout
+		c.Socket = DefaultSocket
 	}
 	said := ""
 	for {
@@ -62,11 +62,13 @@ func serve(ctx context.Context, c Config) (connected bool, err error) {
 	}
 	defer conn.Close()
 	taken := make(chan struct{}, 1)
-	s, err := stub.New(&connection{plugin{c}, taken}, stub.WithConnection(conn), stub.WithPluginName(pluginName), stub.WithPluginIdx(pluginIndex),
+	served := &connection{plugin: plugin{c}, taken: taken}
+	s, err := stub.New(served, stub.WithConnection(conn), stub.WithPluginName(pluginName), stub.WithPluginIdx(pluginIndex),
 		stub.WithLogger(logger{c.Log.Sugar()}), stub.WithOnClose(func() {}))
 	if err != nil {
 		return false, fmt.Errorf("make the NRI plugin: %w", err)
 	}
+	served.allowed = s.RequestTimeout
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx) }()
 	register := time.After(stub.DefaultRegistrationTimeout + retryDelay)
@@ -92,14 +94,26 @@ func serve(ctx context.Context, c Config) (connected bool, err error) {
 // connection is the plugin of one connection.
 type connection struct {
 	plugin
-	taken chan struct{}
+	taken   chan struct{}
+	allowed func() time.Duration // what the runtime gives a plugin for an answer, once it has said so
 }
 
 // Configure is called once the runtime has taken the plugin. No mask of events: all that the plugin has methods for.
 func (c *connection) Configure(_ context.Context, _, runtime, version string) (api.EventMask, error) {
-	c.c.Log.Info("connected to a container runtime", zap.String("runtime", runtime), zap.String("version", version))
+	if c.c.Timeout <= 0 {
+		c.c.Timeout = timeout(c.allowed())
+	}
+	c.c.Log.Info("connected to a container runtime", zap.String("runtime", runtime), zap.String("version", version), zap.Duration("timeout", c.c.Timeout))
 	c.taken <- struct{}{}
 	return 0, nil
+}
+
+// timeout leaves the runtime a quarter of what it allows, for the way there and back.
+func timeout(allowed time.Duration) time.Duration {
+	if allowed <= 0 { // an older runtime
+		return DefaultTimeout
+	}
+	return allowed * 3 / 4
 }
 
 // logger hands on what the interface's library has to say. It knows no failure that Run does not report.

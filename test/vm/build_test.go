@@ -131,6 +131,18 @@ func TestFindSuites(t *testing.T) {
 	}
 }
 
+func TestTakesContainerd(t *testing.T) {
+	for run, want := range map[string]bool{"": true, "^TestVTPMNRI$": true, "TestVTPMAsked": false} {
+		suites, err := findSuites("../..", run)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := takesContainerd(suites); got != want {
+			t.Errorf("the tests of %q take containerd: %t, want %t", run, got, want)
+		}
+	}
+}
+
 func TestFind(t *testing.T) {
 	for _, k := range Matrix() {
 		if got, err := Find(k.Name); err != nil || got.Name != k.Name {

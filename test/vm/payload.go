@@ -34,10 +34,12 @@ type PayloadOptions struct {
 	NoPrograms bool
 	// Cover instruments the programs and tests, so that a run leaves coverage counters in the share's folder cover.
 	Cover bool
+	// Cache keeps programs that are not this repository's and that some tests take; nil leaves them out.
+	Cache *Cache
 }
 
 // Payload is a folder to show to machines: the agent and the probe programs (guest.sh installs what is executable in
-// /usr/local/bin), and test/ with a folder for each test binary.
+// /usr/local/bin), test/ with a folder for each test binary, and containerd/ with its programs for the tests that take them.
 type Payload struct {
 	// Dir is the folder.
 	Dir string
@@ -96,6 +98,11 @@ func BuildPayload(ctx context.Context, repo, dir string, o PayloadOptions) (*Pay
 		}
 	}
 	p.Suites = suites
+	if o.Cache != nil && takesContainerd(suites) {
+		if err := p.addContainerd(ctx, o.Cache); err != nil {
+			return nil, err
+		}
+	}
 	return p, nil
 }
 

@@ -83,7 +83,7 @@ func (m *matrix) run(ctx context.Context) ([]kernelRun, error) {
 // compile builds the payload. That no test was chosen is an error.
 func (m *matrix) compile(ctx context.Context) (*vm.Payload, error) {
 	payload, err := vm.BuildPayload(ctx, m.repo, filepath.Join(m.work, "payload"),
-		vm.PayloadOptions{Tests: true, Run: m.options.run, NoPrograms: !m.programs, Cover: m.cover != ""})
+		vm.PayloadOptions{Tests: true, Run: m.options.run, NoPrograms: !m.programs, Cover: m.cover != "", Cache: m.cache})
 	if err == nil && len(payload.Suites) == 0 {
 		return nil, fmt.Errorf("no test of the vm build tag matches %q", m.options.run)
 	}
