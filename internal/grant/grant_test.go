@@ -184,7 +184,7 @@ func TestThere(t *testing.T) {
 	for id, l := range map[string]life{
 		"stays":   {State: stopped},
 		"gone":    {State: stopped},
-		"runs":    {State: created, Namespace: "4:4"},
+		"runs":    {State: created, Namespace: event.MountNS{Inum: 4, ID: 4}},
 		"comes":   {State: prepared, Since: time.Now()},
 		"wrapped": {State: stopped, Request: oci.Request{Bundle: "/srv/wrapped"}},
 	} {
