@@ -291,6 +291,14 @@ func sample(t *testing.T, kernel string) {
 	}
 }
 
+// leave leaves a test out if IMANS_SAMPLE is set.
+func leave(t *testing.T) {
+	t.Helper()
+	if os.Getenv("IMANS_SAMPLE") != "" {
+		t.Skipf("not in this run; make test-vm RUN=%s", t.Name())
+	}
+}
+
 // sized returns how much a test does: little where IMANS_SHORT is set, most where IMANS_SOAK is.
 func sized(little, usual, most int) int {
 	switch {

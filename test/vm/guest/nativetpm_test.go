@@ -54,6 +54,7 @@ func (a *agent) unloaded() {
 // The native list in software measures and verifies, is told to be that, and is the same after the agent was killed. Its PCR is the
 // default one, which the kernel's own IMA extends in the machine's TPM.
 func TestVTPMNativeSoftware(t *testing.T) {
+	sample(t, "6.1")
 	a := newAgent(t, "--tpm", "swtpm", "--pcr", "10")
 	a.start()
 	dir := tempDir(t, "/root")
@@ -99,6 +100,7 @@ func TestVTPMNativeSoftware(t *testing.T) {
 
 // A software TPM that died is never replaced behind a list that it proved.
 func TestVTPMNativeLost(t *testing.T) {
+	leave(t)
 	a := newAgent(t, "--tpm", "swtpm")
 	a.start()
 	identity := readFile(t, a.dir+"/state/native-tpm/identity.json")
@@ -145,6 +147,7 @@ func TestVTPMNativeLost(t *testing.T) {
 
 // What doctor says of TPMs: the native list's is what it is, or the ways out.
 func TestVTPMNativeDoctor(t *testing.T) {
+	sample(t, "6.1")
 	for _, c := range []struct {
 		args []string
 		want []string
@@ -167,6 +170,7 @@ func TestVTPMNativeDoctor(t *testing.T) {
 // Unloading ends each TPM of each container: the one that a list has, others, one in a folder of somebody else's, and those of a
 // container that was not created yet.
 func TestVTPMNativeUnloadEndsAll(t *testing.T) {
+	leave(t)
 	a := startAgent(t, "--namespaces", "containers")
 	useWrapper(t, a)
 	elsewhere := tempDir(t, "/srv") + "/state"

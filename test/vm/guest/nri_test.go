@@ -16,6 +16,7 @@ func asksVTPM() map[string]string { return map[string]string{"imans.dev/vtpm": "
 
 // Kubernetes' containers get what their pods ask for, while containerd and the agent come and go.
 func TestVTPMNRI(t *testing.T) {
+	leave(t)
 	k := newKubelet(t)
 	a := newAgent(t, "--namespaces", "containers", "--nri", k.nri(), "--nri-namespace", "chosen")
 	policies := a.dir + "/policies"

@@ -36,6 +36,7 @@ tpm2_pcrread sha256:16 | grep 16:`
 // A container that is stopped and started again finds its TPM as a machine does that was switched off: keys and NV storage are there,
 // PCRs are new. When it is removed, so is its TPM.
 func TestVTPMKept(t *testing.T) {
+	sample(t, "6.1")
 	a := startAgent(t, "--namespaces", "containers")
 	useWrapper(t, a)
 	managers := []engine{{"podman", startPodman}}
@@ -106,6 +107,7 @@ func checkTwoRuns(t *testing.T, a *agent, c *tenant) {
 // A TPM's state that somebody else manages outlives its container, and another container finds it as it was; one that nobody manages
 // goes with its container.
 func TestVTPMKeptElsewhere(t *testing.T) {
+	leave(t)
 	a := startAgent(t, "--namespaces", "containers")
 	useWrapper(t, a)
 	dir := tempDir(t, "/root")
@@ -220,6 +222,7 @@ func (a *agent) pooled(n int) {
 
 // Containers that are created at once get a TPM each, and leave nothing when they are removed at once.
 func TestVTPMAtOnce(t *testing.T) {
+	leave(t)
 	many := sized(4, 20, 200)
 	pool := min(many, 20)
 	a := startAgent(t, "--namespaces", "containers", "--vtpm-pool", strconv.Itoa(pool))
@@ -279,6 +282,7 @@ func TestVTPMAtOnce(t *testing.T) {
 
 // Containers that come and go leave nothing behind, and the agent as it was.
 func TestVTPMCycles(t *testing.T) {
+	leave(t)
 	cycles := sized(3, 100, 1000)
 	a := startAgent(t, "--namespaces", "containers")
 	useWrapper(t, a)
@@ -322,6 +326,7 @@ func TestVTPMCycles(t *testing.T) {
 
 // Each entry is extended once and nothing else is, by what the TPM itself logs of its commands; in a TPM 1.2, too.
 func TestVTPMExtends(t *testing.T) {
+	sample(t, "6.12")
 	for _, c := range []struct {
 		version, extend string
 	}{{"2", "00000182"}, {"1.2", "00000014"}} { // TPM2_PCR_Extend, TPM_Extend
@@ -393,6 +398,7 @@ done; exit 1`
 // A container's TPM 1.2 holds its list, in its one bank, and the container uses it as well: the agent has its device, which one program
 // at a time can have, only during a command. It goes on through the agent's death, whoever has the device then.
 func TestVTPM12(t *testing.T) {
+	leave(t)
 	for _, namespaces := range []string{"containers", "all"} { // the list begins with the TPM, or before it
 		t.Run(namespaces, func(t *testing.T) {
 			a := startAgent(t, "--namespaces", namespaces)
@@ -463,6 +469,7 @@ func useTPM12(t *testing.T, a *agent) {
 
 // The machine's own list can be in a TPM 1.2, too.
 func TestVTPM12Native(t *testing.T) {
+	leave(t)
 	dir := tempDir(t, "/root")
 	swtpm := exec.Command("swtpm", "socket", "--tpmstate", "dir="+dir, "--server", "type=unixio,path="+dir+"/s",
 		"--ctrl", "type=unixio,path="+dir+"/c", "--flags", "not-need-init,startup-clear")

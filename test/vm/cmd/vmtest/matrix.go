@@ -82,8 +82,11 @@ func (m *matrix) run(ctx context.Context) ([]kernelRun, error) {
 
 // compile builds the payload. That no test was chosen is an error.
 func (m *matrix) compile(ctx context.Context) (*vm.Payload, error) {
-	payload, err := vm.BuildPayload(ctx, m.repo, filepath.Join(m.work, "payload"),
-		vm.PayloadOptions{Tests: true, Run: m.options.run, NoPrograms: !m.programs, Cover: m.cover != "", Cache: m.cache})
+	o := vm.PayloadOptions{Tests: true, Run: m.options.run, NoPrograms: !m.programs, Cover: m.cover != ""}
+	if !m.sampled() {
+		o.Cache = m.cache
+	}
+	payload, err := vm.BuildPayload(ctx, m.repo, filepath.Join(m.work, "payload"), o)
 	if err == nil && len(payload.Suites) == 0 {
 		return nil, fmt.Errorf("no test of the vm build tag matches %q", m.options.run)
 	}
@@ -114,14 +117,17 @@ func (m *matrix) one(ctx context.Context, img *vm.Image, payload *vm.Payload) ke
 	return run
 }
 
+// sampled reports whether tests may leave themselves to one kernel, or to a longer run.
+func (m *matrix) sampled() bool { return m.short && len(m.kernels) == len(vm.Matrix()) }
+
 // environment is what tests may ask about.
 func (m *matrix) environment(k vm.Kernel) []string {
 	env := []string{"IMANS_VM_KERNEL=" + k.Name}
 	if m.short {
 		env = append(env, shortName+"=1")
-		if len(m.kernels) == len(vm.Matrix()) {
-			env = append(env, sampleName+"=1")
-		}
+	}
+	if m.sampled() {
+		env = append(env, sampleName+"=1")
 	}
 	if m.soak {
 		env = append(env, soakName+"=1")
