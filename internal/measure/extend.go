@@ -171,12 +171,35 @@ func (x *extender) extendEntry(p *prepared) error {
 			return err
 		}
 	}
-	err := x.tpm.Extend(x.ctx, pcr, p.digests)
+	err := x.extendWatched(p)
 	if err != nil {
 		return x.persist(p, err)
 	}
 	// Commit point: before this line a crash leaves the entry logged, and extended or not; Open finds out from the register.
 	return nil
+}
+
+// slowAfter is how long a TPM may take for an entry before that is trouble: it hangs, or has too much to do.
+const slowAfter = 10 * time.Second
+
+var errSlow = fmt.Errorf("the TPM has not answered for %v", slowAfter)
+
+// extendWatched extends an entry, and says so when that takes long.
+func (x *extender) extendWatched(p *prepared) error {
+	l := x.list
+	told := make(chan struct{})
+	slow := time.AfterFunc(slowAfter, func() {
+		defer close(told)
+		l.trouble(&l.tpmTrouble, errSlow, "the TPM does not answer, waiting; nothing is lost")
+	})
+	err := x.tpm.Extend(x.ctx, p.entry.PCR(), p.digests)
+	if !slow.Stop() {
+		<-told
+		if err == nil {
+			l.trouble(&l.tpmTrouble, nil, "the TPM answers again")
+		}
+	}
+	return err
 }
 
 // setDigests computes what each bank is extended with. A bank whose algorithm this program lacks gets the SHA-1 digest and zeros,

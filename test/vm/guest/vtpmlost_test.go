@@ -66,9 +66,13 @@ func TestVTPMHangs(t *testing.T) {
 	a.verifyNow(other.ns())
 	third := startBundle(t, "runc", tenantRoot(t), "third", nil)
 	a.verifyNow(third.ns())
-	n, err := a.client().Namespace(t.Context(), c.ns())
-	if err != nil || n.Extended >= n.Entries {
-		t.Errorf("%d of %d entries extended while it hangs, %v", n.Extended, n.Entries, err)
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Second) {
+		n, err := a.client().Namespace(t.Context(), c.ns())
+		if err == nil && n.State == "waiting" && n.Extended < n.Entries {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatalf("while it hangs %d of %d entries are extended, state %s, %v", n.Extended, n.Entries, n.State, err)
+		}
 	}
 	sh(t, "kill -CONT "+pid)
 	a.verifyNow(c.ns())
