@@ -21,9 +21,9 @@ import (
 // wrapperPrefix begins the names by which this program is a runtime: imans-runc stands for runc, imans-runtime for the default.
 const wrapperPrefix = "imans-"
 
-// prepareTimeout bounds how long the creation of a container waits for the agent, which may have to make a TPM, and many more for others
-// that are created at once. It is less than kubelet's two minutes.
-const prepareTimeout = 90 * time.Second
+// defaultWait bounds in seconds how long the creation of a container waits for the agent, which may have to make a TPM, and many more
+// for others that are created at once. It is less than kubelet's two minutes.
+const defaultWait = 90
 
 // removeTimeout bounds how long a deletion waits to tell the agent, which learns of the end without it, too.
 const removeTimeout = 2 * time.Second
@@ -55,10 +55,11 @@ the real runtime's from the start.
 Called by the name imans-runc or imans-crun (a link to this program) it takes no options of its own and stands for runc or crun;
 called imans-runtime, for the runtime of IMANS_RUNTIME or of the settings. /etc/imans/runtime.json has them:
 
-  {"runtime": "runc", "run_dir": "/run/imans", "on_failure": "continue", "default_vtpm": true}
+  {"runtime": "runc", "run_dir": "/run/imans", "on_failure": "continue", "default_vtpm": true,
+   "wait_seconds": 90}
 
-on_failure says what becomes of a container if the agent is down or refuses: "continue" without, or "fail". The container's
-annotations come first: imans.dev/vtpm, imans.dev/policy, imans.dev/required.`,
+wait_seconds is how long a container's creation waits for the agent. on_failure says what becomes of a container if the agent is down or
+refuses: "continue" without, or "fail". The container's annotations come first: imans.dev/vtpm, imans.dev/policy, imans.dev/required.`,
 		Example: `  imans-agent runtime --real crun run --bundle /srv/web web
   ln -s imans-agent /usr/local/bin/imans-runc && podman --runtime /usr/local/bin/imans-runc run alpine`,
 		DisableFlagParsing: true,
@@ -244,7 +245,7 @@ func grantContainer(ctx context.Context, inv oci.Invocation, s runtimeSettings, 
 
 // askGrant asks the agent, and adds the hooks by which it learns of the container's life.
 func askGrant(ctx context.Context, ask oci.Request, s runtimeSettings) (oci.Grant, error) {
-	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(s.WaitSeconds)*time.Second)
 	defer cancel()
 	grant, err := client(s.RunDir).PrepareContainer(ctx, ask)
 	if err != nil {

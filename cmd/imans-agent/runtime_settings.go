@@ -25,16 +25,17 @@ const (
 
 // runtimeSettings are the wrapper's.
 type runtimeSettings struct {
-	Runtime     string `json:"runtime"`      // program to become; none: runc
-	RunDir      string `json:"run_dir"`      // folder with the agent's socket
-	OnFailure   string `json:"on_failure"`   // continue or fail
-	DefaultVTPM bool   `json:"default_vtpm"` // for containers that say nothing of it
+	Runtime     string `json:"runtime"`                // program to become; none: runc
+	RunDir      string `json:"run_dir"`                // folder with the agent's socket
+	OnFailure   string `json:"on_failure"`             // continue or fail
+	DefaultVTPM bool   `json:"default_vtpm"`           // for containers that say nothing of it
+	WaitSeconds int    `json:"wait_seconds,omitempty"` // for the agent, which may have many vTPMs to make
 }
 
 // readSettings reads a file; the default one need not be there. Of a file that is wrong nothing is used, and containers are not
 // created: it may be the one that says so.
 func readSettings(path string) (runtimeSettings, error) {
-	s := runtimeSettings{RunDir: defaultRunDir, OnFailure: onFailureContinue, DefaultVTPM: true}
+	s := runtimeSettings{RunDir: defaultRunDir, OnFailure: onFailureContinue, DefaultVTPM: true, WaitSeconds: defaultWait}
 	optional := path == ""
 	if optional {
 		path = defaultSettings
@@ -53,6 +54,9 @@ func readSettings(path string) (runtimeSettings, error) {
 	}
 	if read.OnFailure != onFailureContinue && read.OnFailure != onFailureFail {
 		return s, fmt.Errorf(`%s: on_failure is %q: want "continue" or "fail"`, path, read.OnFailure)
+	}
+	if read.WaitSeconds < 1 {
+		return s, fmt.Errorf("%s: wait_seconds is %d: want 1 or more", path, read.WaitSeconds)
 	}
 	if !filepath.IsAbs(read.RunDir) {
 		return s, fmt.Errorf("%s: run_dir is %q: want an absolute path", path, read.RunDir)

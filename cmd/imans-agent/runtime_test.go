@@ -311,7 +311,7 @@ func TestRuntimeAgentDown(t *testing.T) {
 func TestRuntimeSettings(t *testing.T) {
 	agent := program(t, "imans-agent")
 	for text, says := range map[string]string{
-		`{`: "parse", `{"runtme":"runc"}`: "runtme", `{"on_failure":"explode"}`: "explode", `{"run_dir":"here"}`: "here", `{"default_vtpm":1}`: "default_vtpm",
+		`{`: "parse", `{"runtme":"runc"}`: "runtme", `{"on_failure":"explode"}`: "explode", `{"run_dir":"here"}`: "here", `{"default_vtpm":1}`: "default_vtpm", `{"wait_seconds":0}`: "wait_seconds",
 	} {
 		file := filepath.Join(t.TempDir(), "runtime.json")
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {

@@ -18,8 +18,9 @@ import (
 	"imans.dev/imans-agent/internal/vtpm"
 )
 
-// attachTimeout bounds how long the lists of all namespaces wait while one of them goes over to its TPM.
-const attachTimeout = 5 * time.Second
+// attachTimeout bounds how long the lists of all namespaces wait while one of them goes over to its TPM, which answers some ten commands
+// meanwhile. It takes milliseconds, and on an emulated machine with others that start, seconds.
+const attachTimeout = 15 * time.Second
 
 // startsAtOnce is how many TPMs are started at a time: each takes a processor, and the kernel gives up on one that is slow to answer.
 const startsAtOnce = 2

@@ -48,7 +48,7 @@ const (
 // useWrapper makes the agent's program the runtimes imans-runc and imans-crun, which ask that agent.
 func useWrapper(t *testing.T, a *agent) {
 	t.Helper()
-	sh(t, fmt.Sprintf(`mkdir -p /etc/imans && printf '{"run_dir": "%s/run"}' >/etc/imans/runtime.json
+	sh(t, fmt.Sprintf(`mkdir -p /etc/imans && printf '{"run_dir": "%s/run", "wait_seconds": 1200}' >/etc/imans/runtime.json
 for r in runc crun; do ln -sf imans-agent %s/imans-$r; done`, a.dir, wrapperDir))
 }
 
