@@ -148,7 +148,12 @@ func (g *Containers) settle(ctx context.Context, c *container) {
 
 // attach gives the first TPM to the mount namespace with that inode number.
 func (g *Containers) attach(ctx context.Context, c *container, inum uint32) error {
-	return g.Do(ctx, func(ctx context.Context) error {
+	var a namespace.Attachment
+	var openErr error
+	if c.listTPM() { // opened before the lists wait
+		a, openErr = g.attachment(ctx, c)
+	}
+	err := g.Do(ctx, func(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, attachTimeout)
 		defer cancel()
 		view, err := g.Tree.Lookup(event.MountNS{Inum: inum})
@@ -162,16 +167,12 @@ func (g *Containers) attach(ctx context.Context, c *container, inum uint32) erro
 			}
 		}
 		c.State, c.Namespace = created, ns
-		if !c.listTPM() {
-			return c.record()
-		}
-		a, err := g.attachment(ctx, c)
-		if err != nil {
-			return errors.Join(err, c.record())
+		if !c.listTPM() || openErr != nil {
+			return errors.Join(openErr, c.record())
 		}
 		if c.Socket {
 			if err := g.serve(ctx, c, view.Info.PCR); err != nil {
-				return errors.Join(err, closeAttachment(a), c.record())
+				return errors.Join(err, c.record())
 			}
 		}
 		// Commit point: from here on the tree ends the TPM, if the namespace has got it, and else the next look does.
@@ -181,10 +182,14 @@ func (g *Containers) attach(ctx context.Context, c *container, inum uint32) erro
 		}
 		if err != nil {
 			c.Attached = false
-			return errors.Join(err, closeAttachment(a), c.record())
+			return errors.Join(err, c.record())
 		}
 		return nil
 	})
+	if err != nil && a.TPM != nil {
+		err = errors.Join(err, closeAttachment(a))
+	}
+	return err
 }
 
 // attachment opens the first TPM, and says what the native list is to say of it.
