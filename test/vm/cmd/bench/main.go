@@ -1,7 +1,7 @@
 // Command bench measures what the agent costs and prints it as ratios, each of two things measured in one run, with their
 // spread over several rounds: smallest, median, largest.
 //
-// The costs of an exec and of a mount namespace are counted in instructions, in a virtual machine whose clock counts them (QEMU's -icount), so they do not
+// The costs of an exec, of a mount namespace and of a container's vTPM are counted in instructions, in a virtual machine whose clock counts them (QEMU's -icount), so they do not
 // depend on the host's load. Hashing, extending and verifying are measured in pairs, one of ours and one of theirs in turn, each
 // pair giving a ratio: of wall time, and where both sides only compute also of processor time, which other work on the machine
 // changes less.
@@ -51,6 +51,7 @@ func run(ctx context.Context, only []string, stdout, stderr io.Writer) error {
 		measure func(context.Context, string) ([]figure, error)
 	}{
 		{"exec", benchExec}, {"clone", benchClone}, {"hash", benchHash}, {"extend", benchExtend}, {"memory", benchMemory}, {"replay", benchReplay},
+		{"vtpm", benchVTPM},
 	} {
 		if len(only) > 0 && !slices.Contains(only, b.name) {
 			continue
