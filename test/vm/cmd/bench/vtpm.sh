@@ -17,13 +17,13 @@ for kind in true false; do
 done
 
 ready() { # the pool is full, and nothing of earlier containers is left
-	until [ "$(ls $state/pool/*/identity.json 2>/dev/null | wc -l)" -ge "$containers" ] && [ -z "$(ls -A $state/containers)" ] && ! pgrep -x swtpm >/dev/null; do sleep 0.2; done
+	until [ "$(find $state/pool -name identity.json | wc -l)" -ge "$containers" ] && [ -z "$(ls -A $state/containers)" ] && ! pgrep -x swtpm >/dev/null; do sleep 0.2; done
 	sleep 2
 }
-anonymous() { awk '/^RssAnon:/ { print $2 }' /proc/$agent/status; }
+anonymous() { awk '/^RssAnon:/ { print $2 }' "/proc/$agent/status"; }
 start() { # start KIND NUMBER
-	./imans-runc create --bundle $1 bench-$1-$2 >>runtime.log 2>&1 </dev/null
-	./imans-runc start bench-$1-$2
+	./imans-runc create --bundle "$1" "bench-$1-$2" >>runtime.log 2>&1 </dev/null
+	./imans-runc start "bench-$1-$2"
 }
 # measure CONDITION KIND: one number for each container.
 measure() {
@@ -31,19 +31,19 @@ measure() {
 	before=$(anonymous)
 	for n in $(seq "$containers"); do
 		begun=$(date +%s%N)
-		start $2 $n
+		start "$2" "$n"
 		echo "$1 start $(($(date +%s%N) - begun))"
 	done
 	sleep 2
-	[ "$(pgrep -cx swtpm || true)" -ge "$([ $2 = true ] && echo "$containers" || echo 0)" ]
+	[ "$(pgrep -cx swtpm || true)" -ge "$([ "$2" = true ] && echo "$containers" || echo 0)" ]
 	echo "$1 agent $((($(anonymous) - before) / containers))"
-	if [ $2 = true ]; then
-		for dir in $state/containers/*/tpm0; do
-			pid=$(sed 's/.*"pid":\([0-9]*\).*/\1/' $dir/process.json)
-			echo "$1 swtpm $(awk '/^Pss:/ { print $2 }' /proc/$pid/smaps_rollup)"
+	if [ "$2" = true ]; then
+		for dir in "$state"/containers/*/tpm0; do
+			pid=$(sed 's/.*"pid":\([0-9]*\).*/\1/' "$dir/process.json")
+			echo "$1 swtpm $(awk '/^Pss:/ { print $2 }' "/proc/$pid/smaps_rollup")"
 		done
 	fi
-	for n in $(seq "$containers"); do ./imans-runc delete --force bench-$2-$n; done
+	for n in $(seq "$containers"); do ./imans-runc delete --force "bench-$2-$n"; done
 }
 
 mkdir -p /etc/imans && echo '{"on_failure": "fail"}' >/etc/imans/runtime.json
