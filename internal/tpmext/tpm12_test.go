@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha1"
-	"encoding/binary"
 	"errors"
 	"strings"
 	"testing"
@@ -74,26 +73,10 @@ func TestTPM12Refuses(t *testing.T) {
 	}
 }
 
-// refuser12 answers some commands with a return code instead of passing them to the real TPM.
-type refuser12 struct {
-	transport.TPMCloser
-	code  tpm2.TPMRC
-	times int
-}
-
-func (r *refuser12) Send(b []byte) ([]byte, error) {
-	if r.times == 0 {
-		return r.TPMCloser.Send(b)
-	}
-	r.times--
-	response := binary.BigEndian.AppendUint16(nil, 0xc4)
-	response = binary.BigEndian.AppendUint32(response, headerSize)
-	return binary.BigEndian.AppendUint32(response, uint32(r.code)), nil
-}
-
 func TestTPM12Codes(t *testing.T) {
 	swtpm := tpmtest.StartTPM12(t)
-	r := &refuser12{}
+	const tagResponse12 = 0xc4 // TPM_TAG_RSP_COMMAND
+	r := &refuser{tag: tagResponse12}
 	tpm, err := OpenDialer(t.Context(), "refusing", func(ctx context.Context) (transport.TPMCloser, error) {
 		conn, err := dialUnix(ctx, swtpm.Socket)
 		r.TPMCloser = conn

@@ -283,6 +283,7 @@ func TestReadRejectsMovedCounter(t *testing.T) {
 // refuser answers some commands with a response code instead of passing them to the real TPM.
 type refuser struct {
 	transport.TPMCloser
+	tag   uint16 // of the responses
 	code  tpm2.TPMRC
 	times int
 }
@@ -292,7 +293,7 @@ func (r *refuser) Send(b []byte) ([]byte, error) {
 		return r.TPMCloser.Send(b)
 	}
 	r.times--
-	response := binary.BigEndian.AppendUint16(nil, uint16(tpm2.TPMSTNoSessions))
+	response := binary.BigEndian.AppendUint16(nil, r.tag)
 	response = binary.BigEndian.AppendUint32(response, headerSize)
 	return binary.BigEndian.AppendUint32(response, uint32(r.code)), nil
 }
@@ -300,7 +301,7 @@ func (r *refuser) Send(b []byte) ([]byte, error) {
 func openRefuser(t *testing.T) (*TPM, *refuser) {
 	t.Helper()
 	swtpm := tpmtest.Start(t)
-	r := &refuser{}
+	r := &refuser{tag: uint16(tpm2.TPMSTNoSessions)}
 	tpm, err := OpenDialer(t.Context(), "refusing", func(ctx context.Context) (transport.TPMCloser, error) {
 		conn, err := dialUnix(ctx, swtpm.Socket)
 		r.TPMCloser = conn

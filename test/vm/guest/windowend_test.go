@@ -41,24 +41,30 @@ func TestWindowEnd(t *testing.T) {
 			began := time.Now()
 			a.cycle(c.cycles, extended)
 			t.Logf("%d cycles in %v; held: %v; memory %d KiB, before %d KiB", c.cycles, time.Since(began).Round(time.Second), before, a.memory(), memory)
-			const asking = 8 // descriptors, for the connections of this test's own questions
-			before["file descriptors"] += asking
-			for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
-				more := a.more(before)
-				if more == "" {
-					break
-				} else if time.Now().After(deadline) {
-					t.Errorf("left behind: %s", more)
-					break
-				}
-			}
-			if grown := a.memory() - memory; grown > 16<<10 {
-				t.Errorf("the agent's memory has grown by %d KiB", grown)
-			}
+			a.asBefore(before, memory)
 			if status, err := a.client().Status(t.Context()); err != nil || len(status.Lost) > 0 {
 				t.Errorf("lost: %v, %v", status.Lost, err)
 			}
 		})
+	}
+}
+
+// asBefore waits until no more is held than before, and looks at the agent's memory, in KiB.
+func (a *agent) asBefore(held map[string]int, memory int) {
+	a.t.Helper()
+	const asking = 8 // descriptors, for the connections of this test's own questions
+	held["file descriptors"] += asking
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+		more := a.more(held)
+		if more == "" {
+			break
+		} else if time.Now().After(deadline) {
+			a.t.Errorf("left behind: %s", more)
+			break
+		}
+	}
+	if grown := a.memory() - memory; grown > 16<<10 {
+		a.t.Errorf("the agent's memory has grown by %d KiB", grown)
 	}
 }
 

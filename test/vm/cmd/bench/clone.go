@@ -1,14 +1,10 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	_ "embed"
 	"fmt"
 	"path/filepath"
-	"time"
-
-	"imans.dev/imans-agent/test/vm"
 )
 
 //go:embed c/clone.c
@@ -25,22 +21,11 @@ const (
 // benchClone compares the instructions of a mount namespace's life without us, with us where nobody activates it, and where it is
 // active from its birth; and those of reading a counter of ours, which is a barrier, and the kernel's.
 func benchClone(ctx context.Context, dir string) ([]figure, error) {
-	img, payload, err := counting(ctx, filepath.Join(dir, "clone"))
+	output, err := count(ctx, filepath.Join(dir, "clone"), fmt.Sprintf("exec bash /payload/clone.sh %d %d", cloneRounds, clones))
 	if err != nil {
 		return nil, err
 	}
-	var out bytes.Buffer
-	outcome, err := img.Run(ctx, vm.Machine{
-		Command: fmt.Sprintf("exec bash /payload/clone.sh %d %d", cloneRounds, clones),
-		Payload: payload, Icount: true, Limit: 20 * time.Minute, Output: &out,
-	})
-	if err == nil && outcome.Status != 0 {
-		err = fmt.Errorf("the measurement failed:\n%s", out.String())
-	}
-	if err != nil {
-		return nil, err
-	}
-	values := readings(out.String())
+	values := readings(output)
 	var figures []figure
 	for _, row := range []struct{ condition, kind, name string }{
 		{"lazy", "clone", "mount namespace that nobody activates, to one without the agent"},
@@ -51,7 +36,7 @@ func benchClone(ctx context.Context, dir string) ([]figure, error) {
 	} {
 		with, bare := values[row.condition+" "+row.kind], values["nothing "+row.kind]
 		if len(with) != cloneRounds || len(bare) != 1+2*cloneRounds {
-			return nil, fmt.Errorf("not all rounds were measured:\n%s", out.String())
+			return nil, fmt.Errorf("not all rounds were measured:\n%s", output)
 		}
 		f := figure{name: row.name, format: "%.2f", parts: fmt.Sprintf("%.0f : %.0f instructions", mean(with), mean(bare))}
 		for i, v := range with {

@@ -49,6 +49,20 @@ func benchExec(ctx context.Context, dir string) ([]figure, error) {
 	return execFigures(outputs)
 }
 
+// count runs a command in a machine whose clock counts instructions, and returns what it prints.
+func count(ctx context.Context, dir, command string) (string, error) {
+	img, payload, err := counting(ctx, dir)
+	if err != nil {
+		return "", err
+	}
+	var out bytes.Buffer
+	outcome, err := img.Run(ctx, vm.Machine{Command: command, Payload: payload, Icount: true, Limit: 40 * time.Minute, Output: &out})
+	if err == nil && outcome.Status != 0 {
+		err = fmt.Errorf("the measurement failed:\n%s", out.String())
+	}
+	return out.String(), err
+}
+
 // counting prepares what a machine that counts instructions boots, and in dir what it runs.
 func counting(ctx context.Context, dir string) (*vm.Image, string, error) {
 	if err := vm.Missing(); err != nil {

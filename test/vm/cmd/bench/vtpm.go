@@ -1,14 +1,10 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	_ "embed"
 	"fmt"
 	"path/filepath"
-	"time"
-
-	"imans.dev/imans-agent/test/vm"
 )
 
 //go:embed vtpm.sh
@@ -22,22 +18,11 @@ const (
 // benchVTPM compares the start of a container that gets a vTPM of the pool with that of one that gets none, each by runc and the wrapper,
 // from the command's beginning until the container's program runs; and takes the memory of a vTPM.
 func benchVTPM(ctx context.Context, dir string) ([]figure, error) {
-	img, payload, err := counting(ctx, filepath.Join(dir, "vtpm"))
+	output, err := count(ctx, filepath.Join(dir, "vtpm"), fmt.Sprintf("exec bash /payload/vtpm.sh %d %d", vtpmRounds, vtpmContainers))
 	if err != nil {
 		return nil, err
 	}
-	var out bytes.Buffer
-	outcome, err := img.Run(ctx, vm.Machine{
-		Command: fmt.Sprintf("exec bash /payload/vtpm.sh %d %d", vtpmRounds, vtpmContainers),
-		Payload: payload, Icount: true, Limit: 40 * time.Minute, Output: &out,
-	})
-	if err == nil && outcome.Status != 0 {
-		err = fmt.Errorf("the measurement failed:\n%s", out.String())
-	}
-	if err != nil {
-		return nil, err
-	}
-	return vtpmFigures(out.String())
+	return vtpmFigures(output)
 }
 
 func vtpmFigures(output string) ([]figure, error) {
