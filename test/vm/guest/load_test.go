@@ -81,7 +81,7 @@ func (a *agent) found(digests map[string]string) (right, violations map[string]i
 }
 
 func TestMainJobShortLivedProcesses(t *testing.T) {
-	n := sized(500, 2000, 10000)
+	n := sized(300, 2000, 10000)
 	for _, mode := range []string{"kernel", "agent"} {
 		t.Run(mode, func(t *testing.T) {
 			a := startAgent(t, "--digest", mode)

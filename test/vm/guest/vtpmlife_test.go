@@ -36,7 +36,7 @@ tpm2_pcrread sha256:16 | grep 16:`
 // A container that is stopped and started again finds its TPM as a machine does that was switched off: keys and NV storage are there,
 // PCRs are new. When it is removed, so is its TPM.
 func TestVTPMKept(t *testing.T) {
-	sample(t, "6.1")
+	leave(t)
 	a := startAgent(t, "--namespaces", "containers")
 	useWrapper(t, a)
 	managers := []engine{{"podman", startPodman}}
@@ -314,7 +314,7 @@ func TestVTPMCycles(t *testing.T) {
 
 // Each entry is extended once and nothing else is, by what the TPM itself logs of its commands; in a TPM 1.2, too.
 func TestVTPMExtends(t *testing.T) {
-	sample(t, "6.12")
+	leave(t)
 	for _, c := range []struct {
 		version, extend string
 	}{{"2", "00000182"}, {"1.2", "00000014"}} { // TPM2_PCR_Extend, TPM_Extend

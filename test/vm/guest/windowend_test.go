@@ -26,6 +26,7 @@ import (
 
 // Namespaces that come and go leave nothing behind: no file descriptor, process, mount, file, map entry or memory of theirs.
 func TestWindowEnd(t *testing.T) {
+	sample(t, "6.12")
 	for _, c := range []struct {
 		tpm    string
 		cycles int
@@ -207,7 +208,7 @@ func (a *agent) memory() int {
 
 // Many namespaces at once, each with its own settings, do not disturb one another.
 func TestWindowMany(t *testing.T) {
-	sample(t, "6.12")
+	leave(t)
 	t.Run("swtpm", func(t *testing.T) { manyNamespaces(t, sized(4, 10*runtime.NumCPU(), 200), "swtpm") })
 	if sized(0, 0, 1) > 0 { // as many vTPMs would not fit into the machine
 		t.Run("none", func(t *testing.T) { manyNamespaces(t, 1000, "none") })

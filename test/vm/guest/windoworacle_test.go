@@ -10,6 +10,7 @@ import (
 // The scripts that ask for nothing but measuring hold for the kernel's own IMA, too: what they expect is what it does. The
 // file's name sorts behind those of all other tests: a policy once written stays until the machine is off.
 func TestWindowZScriptsAndTheKernel(t *testing.T) {
+	sample(t, "6.12")
 	if err := os.WriteFile(kernelIMA+"policy", []byte(oraclePolicy()), 0o600); err != nil {
 		t.Logf("the kernel has the policy already: %v", err) // by TestMainJobZOracle, and the same; else nothing is measured below
 	}
