@@ -262,6 +262,7 @@ func TestPassword(t *testing.T) {
 		}
 	}
 	i = start(t, c)
+	t.Cleanup(func() { i.Stop() })
 	if _, name := readPublic(t, connect(t, i), AKHandle); name != want.AK {
 		t.Errorf("after a restart the attestation key is %s, want %s", name, want.AK)
 	}
