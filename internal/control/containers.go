@@ -100,10 +100,10 @@ func (s *Server) containerRemoved(w http.ResponseWriter, r *http.Request) {
 	s.tellContainers(w, r, func(id string) error { return s.containers.Removed(r.Context(), id) })
 }
 
-// withContainers answers 501 itself if nobody grants anything.
-func (s *Server) withContainers(next http.HandlerFunc) http.HandlerFunc {
+// ifGranting answers 501 itself if nobody grants anything.
+func (s *Server) ifGranting(granting bool, next http.HandlerFunc) http.HandlerFunc {
 	return s.onlyHost(func(w http.ResponseWriter, r *http.Request) {
-		if s.containers == nil {
+		if !granting {
 			s.fail(w, http.StatusNotImplemented, errNoContainers)
 			return
 		}

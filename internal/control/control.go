@@ -123,12 +123,12 @@ func (s *Server) routes() map[string]http.HandlerFunc {
 		"GET /v1/namespaces/{name}/measurements": s.measurements,
 		"POST /v1/namespaces/{name}/window":      s.onlyHost(s.attachWindow),
 		"DELETE /v1/namespaces/{name}/window":    s.onlyHost(s.detachWindow),
-		"POST /v1/namespaces/{name}/vtpm":        s.onlyHost(s.attachVTPM),
-		"DELETE /v1/namespaces/{name}/vtpm":      s.onlyHost(s.releaseVTPM),
-		"POST /v1/containers":                    s.withContainers(s.prepareContainer),
-		"POST /v1/containers/{id}/created":       s.withContainers(s.containerCreated),
-		"POST /v1/containers/{id}/stopped":       s.withContainers(s.containerStopped),
-		"DELETE /v1/containers/{id}":             s.withContainers(s.containerRemoved),
+		"POST /v1/namespaces/{name}/vtpm":        s.ifGranting(s.running != nil, s.attachVTPM),
+		"DELETE /v1/namespaces/{name}/vtpm":      s.ifGranting(s.running != nil, s.releaseVTPM),
+		"POST /v1/containers":                    s.ifGranting(s.containers != nil, s.prepareContainer),
+		"POST /v1/containers/{id}/created":       s.ifGranting(s.containers != nil, s.containerCreated),
+		"POST /v1/containers/{id}/stopped":       s.ifGranting(s.containers != nil, s.containerStopped),
+		"DELETE /v1/containers/{id}":             s.ifGranting(s.containers != nil, s.containerRemoved),
 	}
 }
 

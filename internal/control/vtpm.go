@@ -30,10 +30,6 @@ func (c *Client) ReleaseVTPM(ctx context.Context, name string) error {
 func vtpmPath(name string) string { return "/v1/namespaces/" + url.PathEscape(name) + "/vtpm" }
 
 func (s *Server) attachVTPM(w http.ResponseWriter, r *http.Request) {
-	if s.running == nil {
-		s.fail(w, http.StatusNotImplemented, errNoContainers)
-		return
-	}
 	grant, err := s.running.Attach(r.Context(), r.PathValue("name"))
 	if err != nil {
 		s.failVTPM(w, err)
@@ -43,10 +39,6 @@ func (s *Server) attachVTPM(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) releaseVTPM(w http.ResponseWriter, r *http.Request) {
-	if s.running == nil {
-		s.fail(w, http.StatusNotImplemented, errNoContainers)
-		return
-	}
 	if err := s.running.Release(r.Context(), r.PathValue("name")); err != nil {
 		s.failVTPM(w, err)
 		return

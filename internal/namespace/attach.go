@@ -271,6 +271,12 @@ func (t *Tree) appendNative(name string, buffer []byte) (measure.Receipt, error)
 	return t.native.list.Append(e), nil
 }
 
+// openAlone opens a vTPM that nobody else uses, or that the kernel shares.
+func openAlone(ctx context.Context, i *vtpm.Instance) (*tpmext.TPM, io.Closer, error) {
+	tpm, err := tpmext.Open(ctx, i.Address())
+	return tpm, nil, err
+}
+
 // closeShare ends the sharing of the vTPM: then nobody is connected to it, and it can be shut down.
 func (a *attached) closeShare() error {
 	if a == nil || a.Share == nil {

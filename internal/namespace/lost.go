@@ -2,13 +2,11 @@ package namespace
 
 import (
 	"context"
-	"io"
 	"time"
 
 	"go.uber.org/zap"
 
 	"imans.dev/imans-agent/internal/binding"
-	"imans.dev/imans-agent/internal/tpmext"
 	"imans.dev/imans-agent/internal/vtpm"
 )
 
@@ -55,10 +53,4 @@ func (s *State) loseTPM(ctx context.Context) error {
 		return err
 	}
 	return s.list.Barrier(ctx)
-}
-
-// openAlone opens a vTPM that nobody else uses, or that the kernel shares.
-func openAlone(ctx context.Context, i *vtpm.Instance) (*tpmext.TPM, io.Closer, error) {
-	tpm, err := tpmext.Open(ctx, i.Address())
-	return tpm, nil, err
 }

@@ -138,9 +138,7 @@ func (s *share) serving() bool {
 func (s *share) serve(ctx context.Context, network *os.File, pcr int) error {
 	measured := []int{pcr}
 	for n := range bootAggregatePCRs {
-		if n != pcr {
-			measured = append(measured, n)
-		}
+		measured = append(measured, n)
 	}
 	server, err := tpmshare.Listen(ctx, tpmshare.Config{
 		TPM: s.tpm, Netns: network, Measured: measured, Protected: vtpm.IdentityHandles(), Log: s.of.log,

@@ -5,7 +5,6 @@ package guest
 import (
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -73,12 +72,7 @@ func TestVTPMNRI(t *testing.T) {
 	if b := a.bindingOf(asks.id); b.End == nil || b.End.Cause != "ended" || b.End.Entries < 3 {
 		t.Errorf("binding at the end %+v", b)
 	}
-	if left := sh(t, "pgrep -c swtpm || true"); left != "0" {
-		t.Errorf("%s swtpm processes are left", left)
-	}
-	if left, _ := filepath.Glob("/dev/tpm*[1-9]"); len(left) > 0 {
-		t.Errorf("devices left: %v", left)
-	}
+	noVTPMs(t)
 	if left, _ := os.ReadDir(a.dir + "/state/containers"); len(left) > 0 {
 		t.Errorf("containers left: %v", left)
 	}

@@ -9,6 +9,9 @@ import (
 	"time"
 )
 
+// later runs a program in a container that has not run there before, and finds it in the container's list.
+const later = "printf '#!/bin/sh\n# later\n' >/tmp/later; chmod 755 /tmp/later; /tmp/later; grep -q /tmp/later /sys/kernel/security/ima/ascii_runtime_measurements"
+
 // swtpmOf returns the process number of a container's vTPM.
 func (a *agent) swtpmOf(folder string) string {
 	a.t.Helper()
@@ -60,7 +63,6 @@ func TestVTPMHangs(t *testing.T) {
 	c, other := startBundle(t, "runc", tenantRoot(t), "hangs", nil), startBundle(t, "runc", tenantRoot(t), "goes-on", nil)
 	pid := a.swtpmOf(a.dir + "/state/containers/hangs/")
 	sh(t, "kill -STOP "+pid)
-	const later = "printf '#!/bin/sh\n# later\n' >/tmp/later; chmod 755 /tmp/later; /tmp/later; grep -q /tmp/later /sys/kernel/security/ima/ascii_runtime_measurements"
 	c.sh(later)
 	other.sh(later)
 	a.verifyNow(other.ns())
