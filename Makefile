@@ -12,7 +12,8 @@ PURE    := $(addprefix ./internal/,ima policy event imalog binding verify)
 KERNEL  ?=
 RUN     ?=
 SHORT   ?=
-VMFLAGS  = $(if $(SHORT),-short) $(if $(RUN),-run '$(RUN)') $(if $(KERNEL),-kernel '$(KERNEL)') $(if $(COVER),-cover '$(COVER)')
+AGAIN   ?=
+VMFLAGS  = $(if $(SHORT),-short) $(if $(AGAIN),-again) $(if $(RUN),-run '$(RUN)') $(if $(KERNEL),-kernel '$(KERNEL)') $(if $(COVER),-cover '$(COVER)')
 
 .PHONY: help
 help: ## list the targets
@@ -46,7 +47,7 @@ lint: ## check format, vet, staticcheck, the import layers and the shell scripts
 
 .PHONY: test
 test: lint test-unit generated ## run every check: lint, unit tests, generated files, all kernels
-	@$(MAKE) test-vm SHORT=1
+	@$(MAKE) test-vm SHORT=1 AGAIN=1 LIMIT=35m
 
 .PHONY: test-unit
 test-unit: ## run the unit tests, with the race detector where gcc is (RUN=regexp PKG=./…)
@@ -56,10 +57,10 @@ test-unit: ## run the unit tests, with the race detector where gcc is (RUN=regex
 	go test $$race $(if $(RUN),-run '$(RUN)') $(or $(PKG),./...)
 
 .PHONY: test-vm
-test-vm: ## run the tests of the vm tag on stock kernels (RUN=regexp KERNEL=6.12 COVER=file SHORT=1)
+test-vm: ## run the tests of the vm tag on stock kernels (RUN=regexp KERNEL=6.12 COVER=file SHORT=1 AGAIN=1 LIMIT=1h)
 	@$(DEPS) go vm
 	go build -o bin/vmtest ./test/vm/cmd/vmtest
-	exec bin/vmtest -timeout 1h $(VMFLAGS)
+	exec bin/vmtest -timeout $(or $(LIMIT),1h) $(VMFLAGS)
 
 .PHONY: soak
 soak: ## run the tests of the vm tag with far more work (RUN=, KERNEL=)

@@ -5,9 +5,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"imans.dev/imans-agent/internal/need"
 )
@@ -160,5 +162,16 @@ func TestQuote(t *testing.T) {
 		if err != nil || string(out) != s {
 			t.Errorf("the shell read %q as %q, %v", s, out, err)
 		}
+	}
+}
+
+func TestWithout(t *testing.T) {
+	p := &Payload{Suites: []Suite{newSuite("a", []string{"TestA", "TestB", "TestC"}, "sub"), newSuite("b", []string{"TestA"}, "")}}
+	left := p.Without(Results{Passed: []string{"a.TestA", "b.TestA"}, Skipped: []string{"a.TestC"}, Failed: []string{"a.TestB"}})
+	if len(left.Suites) != 1 || !reflect.DeepEqual(left.Suites[0], newSuite("a", []string{"TestB"}, "sub")) {
+		t.Errorf("left %+v", left.Suites)
+	}
+	if !strings.Contains(left.Script(time.Minute), "-test.run='^(TestB)$/sub'") || len(p.Suites) != 2 {
+		t.Errorf("the script is %s; the whole has %d suites", left.Script(time.Minute), len(p.Suites))
 	}
 }

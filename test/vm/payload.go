@@ -122,6 +122,32 @@ func (p *Payload) Script(limit time.Duration) string {
 	return b.String()
 }
 
+// Without is the payload without the tests that passed or were skipped.
+func (p *Payload) Without(done Results) *Payload {
+	left := *p
+	left.Suites = nil
+	for _, s := range p.Suites {
+		_, sub, _ := strings.Cut(s.pattern, "$/")
+		tests := slices.DeleteFunc(slices.Clone(s.Tests), func(t string) bool {
+			name := s.Name + "." + t
+			return slices.Contains(done.Passed, name) || slices.Contains(done.Skipped, name)
+		})
+		if len(tests) > 0 {
+			left.Suites = append(left.Suites, newSuite(s.Name, tests, sub))
+		}
+	}
+	return &left
+}
+
+// newSuite chooses tests, and of each those below it that sub, as of go test -run, matches.
+func newSuite(name string, tests []string, sub string) Suite {
+	pattern := "^(" + strings.Join(tests, "|") + ")$"
+	if sub != "" {
+		pattern += "/" + sub
+	}
+	return Suite{Name: name, Tests: tests, pattern: pattern}
+}
+
 // buildPrograms compiles the agent and each main package below the probe folder; those that are not there are passed over.
 func buildPrograms(ctx context.Context, repo, dir string, cover bool) error {
 	args := []string{"build", "-trimpath", "-o", dir + string(filepath.Separator)}
@@ -186,11 +212,7 @@ func findSuites(repo, run string) ([]Suite, error) {
 	var suites []Suite
 	for folder, tests := range found {
 		slices.Sort(tests)
-		pattern := "^(" + strings.Join(tests, "|") + ")$"
-		if rest != "" {
-			pattern += "/" + rest
-		}
-		suites = append(suites, Suite{Name: filepath.ToSlash(folder), Tests: tests, pattern: pattern})
+		suites = append(suites, newSuite(filepath.ToSlash(folder), tests, rest))
 	}
 	slices.SortFunc(suites, func(a, b Suite) int { return strings.Compare(a.Name, b.Name) })
 	return suites, nil

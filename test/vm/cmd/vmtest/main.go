@@ -1,6 +1,6 @@
 // Command vmtest runs the tests of the vm build tag on the kernels of the matrix.
 //
-//	vmtest [-run REGEXP] [-kernel 6.1,6.12] [-timeout 20m] [-parallel 3] [-short | -soak]
+//	vmtest [-run REGEXP] [-kernel 6.1,6.12] [-timeout 20m] [-parallel 3] [-short | -soak] [-again]
 //	[-cover FILE] [-programs=false] [-append OPTIONS]
 //
 // It ends with a table and a line "N passed, N failed, N skipped". A kernel that Debian's archive does not have (any more)
@@ -43,6 +43,7 @@ type options struct {
 	limit            time.Duration
 	parallel         int
 	short, soak      bool
+	again            bool
 	programs         bool
 	kernels          []vm.Kernel
 }
@@ -90,6 +91,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	flags.IntVar(&o.parallel, "parallel", 3, "machines at a time; without KVM each keeps one processor busy")
 	flags.BoolVar(&o.short, "short", false, "set IMANS_SHORT=1 for the tests, and with all kernels IMANS_SAMPLE=1")
 	flags.BoolVar(&o.soak, "soak", false, "set IMANS_SOAK=1 for the tests")
+	flags.BoolVar(&o.again, "again", false, "run what fails once more on another machine: an emulated one can stall, or crash by itself; the table names it")
 	flags.StringVar(&o.cover, "cover", "", "measure coverage and write the profile to this file")
 	flags.BoolVar(&o.programs, "programs", true, "put the agent and the probe programs into the machine")
 	flags.StringVar(&o.more, "append", "", "more kernel command line")

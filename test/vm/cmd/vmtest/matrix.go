@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -41,6 +42,8 @@ type kernelRun struct {
 	total   time.Duration
 	cover   string
 	err     error
+	// unsteady is what went wrong the first time and not the second.
+	unsteady []string
 }
 
 // run builds the payload once and runs it on each kernel, at most m.parallel at a time. Kernels and the root disk are
@@ -93,8 +96,38 @@ func (m *matrix) compile(ctx context.Context) (*vm.Payload, error) {
 	return payload, err
 }
 
-// one runs the payload on one kernel.
+// one runs the payload on one kernel, and what did not pass once more if that is asked for.
 func (m *matrix) one(ctx context.Context, img *vm.Image, payload *vm.Payload) kernelRun {
+	run := m.boot(ctx, img, payload)
+	if !m.again || ctx.Err() != nil || run.err == nil && len(run.results.Failed) == 0 {
+		return run
+	}
+	left := payload.Without(run.results)
+	if len(left.Suites) == 0 {
+		return run
+	}
+	fmt.Fprintf(m.out, "vmtest: %s: what failed or did not run, once more on another machine\n", img.Kernel.Name)
+	return run.then(m.boot(ctx, img, left))
+}
+
+// then is what a run came to, after another of what did not pass in it.
+func (r kernelRun) then(again kernelRun) kernelRun {
+	for _, test := range r.results.Failed {
+		if slices.Contains(again.results.Passed, test) {
+			again.unsteady = append(again.unsteady, test)
+		}
+	}
+	if r.err != nil && again.err == nil {
+		again.unsteady = append(again.unsteady, r.err.Error())
+	}
+	again.boot, again.total = r.boot, r.total+again.total
+	again.results.Passed = append(r.results.Passed, again.results.Passed...)
+	again.results.Skipped = append(r.results.Skipped, again.results.Skipped...)
+	return again
+}
+
+// boot runs the payload on one machine.
+func (m *matrix) boot(ctx context.Context, img *vm.Image, payload *vm.Payload) kernelRun {
 	k := img.Kernel
 	run := kernelRun{kernel: k}
 	share := filepath.Join(m.work, "share-"+k.Name)

@@ -23,6 +23,9 @@ func report(w io.Writer, runs []kernelRun) (failed bool) {
 		for _, t := range r.results.Failed {
 			notes = append(notes, fmt.Sprintf("failed on %s: %s", r.kernel.Name, t))
 		}
+		for _, t := range r.unsteady {
+			notes = append(notes, fmt.Sprintf("failed on %s, and passed when it ran again: %s", r.kernel.Name, t))
+		}
 		for _, t := range r.results.Skipped {
 			notes = append(notes, fmt.Sprintf("skipped on %s: %s", r.kernel.Name, t))
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +18,8 @@ func TestReport(t *testing.T) {
 	bad := kernelRun{kernel: vm.Kernel{Name: "6.12"}, results: vm.Results{Passed: []string{"s.TestA"}, Failed: []string{"s.TestB"}}}
 	crashed := kernelRun{kernel: vm.Kernel{Name: "6.12"}, err: &vm.CrashError{Kernel: "6.12", Reason: "the kernel panicked"}}
 	gone := kernelRun{kernel: vm.Kernel{Name: "6.18"}, err: fmt.Errorf("build: %w", &vm.UnavailableError{Kernel: "6.18", Reason: "no package"})}
+	unsteady := good.then(kernelRun{kernel: vm.Kernel{Name: "6.1"}})
+	unsteady.unsteady = []string{"s.TestB"}
 	offline := kernelRun{kernel: vm.Kernel{Name: "6.18"}, err: errors.New("no network")}
 	tests := []struct {
 		name   string
@@ -28,6 +31,8 @@ func TestReport(t *testing.T) {
 		{name: "all well", runs: []kernelRun{good}, last: "2 passed, 0 failed, 1 skipped", lines: []string{"skipped on 6.1: s.TestC"}},
 		{name: "a test failed", runs: []kernelRun{good, bad}, failed: true, last: "3 passed, 1 failed, 1 skipped",
 			lines: []string{"failed on 6.12: s.TestB"}},
+		{name: "a test failed once", runs: []kernelRun{unsteady}, last: "2 passed, 0 failed, 1 skipped",
+			lines: []string{"failed on 6.1, and passed when it ran again: s.TestB"}},
 		{name: "a machine crashed", runs: []kernelRun{good, crashed}, failed: true, last: "2 passed, 1 failed, 1 skipped",
 			lines: []string{"failed on 6.12: kernel 6.12: the kernel panicked"}},
 		{name: "a kernel is gone", runs: []kernelRun{good, gone}, last: "2 passed, 0 failed, 1 skipped",
@@ -63,5 +68,21 @@ func TestParse(t *testing.T) {
 		if _, err := parse(args, &bytes.Buffer{}); err == nil {
 			t.Errorf("%v was accepted", args)
 		}
+	}
+}
+
+func TestThen(t *testing.T) {
+	first := kernelRun{err: errors.New("it crashed"), results: vm.Results{
+		Passed: []string{"s.TestA"}, Failed: []string{"s.TestB", "s.TestC"}, Skipped: []string{"s.TestD"}}}
+	run := first.then(kernelRun{results: vm.Results{Passed: []string{"s.TestB", "s.TestE"}, Failed: []string{"s.TestC"}}})
+	if run.err != nil || !slices.Equal(run.results.Passed, []string{"s.TestA", "s.TestB", "s.TestE"}) ||
+		!slices.Equal(run.results.Failed, []string{"s.TestC"}) || !slices.Equal(run.results.Skipped, []string{"s.TestD"}) {
+		t.Errorf("results %+v, %v", run.results, run.err)
+	}
+	if !slices.Equal(run.unsteady, []string{"s.TestB", "it crashed"}) {
+		t.Errorf("unsteady %v", run.unsteady)
+	}
+	if again := first.then(first); again.err == nil || !slices.Equal(again.results.Failed, first.results.Failed) {
+		t.Errorf("what fails twice is %+v, %v", again.results, again.err)
 	}
 }
