@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -72,13 +73,14 @@ func tellState(ctx context.Context, c *control.Client, stage string, in io.Reade
 		}
 		return nil
 	}
+	var stopped, removed error
 	if err := c.ContainerStopped(ctx, s.ID); err != nil {
-		return fmt.Errorf("say that container %s has stopped: %w", s.ID, err)
+		stopped = fmt.Errorf("say that container %s has stopped: %w", s.ID, err)
 	}
-	if err := c.ContainerRemoved(ctx, s.ID); err != nil {
-		return fmt.Errorf("say that container %s is deleted: %w", s.ID, err)
+	if err := c.ContainerRemoved(ctx, s.ID); err != nil { // whatever became of the first: nobody tells it again
+		removed = fmt.Errorf("say that container %s is deleted: %w", s.ID, err)
 	}
-	return nil
+	return errors.Join(stopped, removed)
 }
 
 // askBySocket asks for a vTPM for a container whose spec can't be changed any more.

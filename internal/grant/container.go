@@ -160,7 +160,7 @@ func (g *Containers) look(c *container) error {
 	switch {
 	case c.State == prepared && (c.Deleted || time.Since(c.Since) > unclaimedAfter):
 		c.Deleted = true
-		return g.halt(c)
+		return g.finish(c)
 	case c.State == created && !g.lives(c):
 		if c.left.IsZero() {
 			c.left = time.Now()
@@ -173,11 +173,22 @@ func (g *Containers) look(c *container) error {
 		if err != nil || first && time.Since(c.left) < endAfter {
 			return err
 		}
-		return g.halt(c)
+		return g.finish(c)
 	case c.State == created && c.Attached && c.Socket:
 		return g.serveAgain(c)
-	case c.State == stopped && c.Deleted && !c.Request.MayReturn():
+	case c.State == stopped:
+		return g.finish(c)
+	}
+	return nil
+}
+
+// finish ends all TPMs of the container if it has not stopped yet, and forgets it if it will not be started again.
+func (g *Containers) finish(c *container) error {
+	switch {
+	case c.Deleted && !c.Request.MayReturn():
 		return g.drop(c)
+	case c.State != stopped:
+		return g.halt(c)
 	}
 	return nil
 }

@@ -240,7 +240,8 @@ func TestStaleMount(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
-	if b, err := os.ReadFile(dir + "/ima/active"); err != nil || string(b) != "0\n" {
+	// By another process: the runtime holds a processor while it asks a new descriptor's file for events, which is asked of this server.
+	if b, err := exec.Command("cat", dir+"/ima/active").CombinedOutput(); err != nil || string(b) != "0\n" {
 		t.Errorf("read %q, %v", b, err)
 	}
 	cancel()

@@ -90,11 +90,20 @@ func run(c Config, lock, vtpmx *os.File) (*process, error) {
 	} else if err != nil {
 		return nil, fmt.Errorf("%w; install the package swtpm, or run with --ns-tpm none (the native list: --tpm none)", err)
 	}
+	if p.device != nil {
+		p.hurry(-20)
+	}
 	go func() { // ends with the process; without it a dead instance would stay a zombie
 		p.cmd.Wait()
 		close(p.exited)
 	}()
 	return p, nil
+}
+
+// hurry sets how soon the process is run among others, from -20 to 19, the latest. The driver gives swtpm 750 ms for some answers until it
+// has registered the device, and minutes later. It is without effect where the agent may not do that (CAP_SYS_NICE).
+func (p *process) hurry(nice int) {
+	unix.Setpriority(unix.PRIO_PROCESS, p.cmd.Process.Pid, nice)
 }
 
 // name is what tells the process from others in the output of ps: nothing else of its arguments does.
@@ -170,6 +179,7 @@ func (p *process) serve(ctx context.Context) (*Instance, error) {
 			return nil, err
 		}
 		i.device, i.deviceID = &device, id
+		p.hurry(0)
 	}
 	if p.config.Version == TPM20 {
 		tpm, err := p.open(ctx, i.Address())

@@ -211,7 +211,11 @@ func (i *Instance) reach(recorded string) error {
 	case !found:
 		return ErrLost
 	case i.device != nil:
-		return i.device.check()
+		err = i.device.check()
+		if err != nil && i.ended(stopPatience) {
+			return ErrLost // it was ending: the kernel takes the device away before the process is gone
+		}
+		return err
 	}
 	return linkSockets(i.config) // the folder of the sockets need not have survived
 }

@@ -41,7 +41,7 @@ var engines = []engine{
 
 const (
 	// tenantMain is what a container runs: it stays until it is ended.
-	tenantMain = ": >/tmp/ready; trap 'exit 0' TERM; while :; do sleep 0.2; done"
+	tenantMain = "trap 'exit 0' TERM; sleep infinity & : >/tmp/ready; wait"
 	wrapperDir = "/usr/local/bin"
 )
 
@@ -141,7 +141,7 @@ func runPodman(t *testing.T, root, id, global, options string) *tenant {
 // startDocker starts one by docker, its daemon with it.
 func startDocker(t *testing.T, root, id string) *tenant {
 	t.Helper()
-	data := tempDir(t, "/run")
+	data := tempDir(t, "/srv")                    // in /run it would be of one boot: its containers could not return
 	daemon := func(name string, args ...string) { // dockerd gives its own containerd eight seconds, which is not enough here
 		t.Helper()
 		cmd := exec.Command(name, args...)
