@@ -15,6 +15,14 @@
 
 extern void *bpf_rdonly_cast(const void *object, __u32 type) __ksym __weak;
 
+/* The upper layer's dentry of an overlayfs inode, or NULL: nobody has written to the file yet. */
+static __always_inline struct dentry *imans_overlay_upper(struct inode *inode)
+{
+	struct ovl_inode *overlay = (void *)inode - bpf_core_field_offset(struct ovl_inode, vfs_inode);
+
+	return BPF_CORE_READ(overlay, __upperdentry);
+}
+
 /* The real inode behind an overlayfs inode, or NULL where this kernel's overlayfs looks like none that is known. */
 static __always_inline struct inode *imans_overlay_real(struct inode *inode)
 {

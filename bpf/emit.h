@@ -74,4 +74,19 @@ static __always_inline void imans_fill_header(struct imans_header *header, __u32
 	header->sequence = __sync_fetch_and_add(&imans_sequence, 1);
 }
 
+static __always_inline void imans_fill_subject(struct imans_subject *subject, struct task_struct *task)
+{
+	const struct cred *cred = task->cred;
+
+	subject->tgid = task->tgid;
+	subject->pid = task->pid;
+	subject->start_boottime = task->group_leader->start_boottime;
+	subject->uid = cred->uid.val;
+	subject->euid = cred->euid.val;
+	subject->suid = cred->suid.val;
+	subject->gid = cred->gid.val;
+	subject->egid = cred->egid.val;
+	subject->sgid = cred->sgid.val;
+}
+
 #endif

@@ -21,6 +21,7 @@ enum imans_kind {
 	IMANS_DEATH = 3,
 	IMANS_MOVE = 4,
 	IMANS_ID_MAPS = 5,
+	IMANS_WRITE = 6,
 };
 
 /* The function, as internal/ima numbers it: enum ima_hooks of security/integrity/ima/ima.h from 0 = NONE. */
@@ -107,6 +108,27 @@ struct imans_file {
 	struct imans_digest digest;
 	char fs_name[IMANS_FS_NAME_MAX];
 	char fs_subtype[IMANS_FS_NAME_MAX];
+};
+
+/* An inode, for as long as it is in memory; an overlayfs inode's generation is 0. 16 bytes. */
+struct imans_inode {
+	__u64 ino;
+	__u32 dev;
+	__u32 generation;
+};
+
+/* A held inode that someone has open for reading is about to be opened for writing: what was measured may be changed now. 88 bytes. */
+struct imans_write {
+	struct imans_header header; /* the writer's namespace */
+	struct imans_subject subject;
+	struct imans_inode inode;
+};
+
+/* held_inodes: the inode's content was sent to be measured. 16 bytes. */
+struct imans_hold {
+	__u64 boottime; /* of the last time, ns */
+	__u32 told;     /* a writer was told of since then */
+	__u32 pad;
 };
 
 /* A mount namespace came to be, or was first met (parent 0: not known). 80 bytes. */
@@ -214,7 +236,8 @@ enum imans_setting {
 	 */
 	IMANS_DISTRUST_OVERLAY = 0,
 	IMANS_WAKE = 1, /* the agent sleeps: wake it for the next record, and clear this */
-	IMANS_SETTINGS = 2,
+	IMANS_HOLD_ALL = 2, /* held_inodes was full: every inode counts as held. The agent makes room, and clears this */
+	IMANS_SETTINGS = 3,
 };
 
 /* losses: how many events of a namespace could not be handed over, by reason (loss.json). */

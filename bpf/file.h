@@ -94,19 +94,10 @@ static __always_inline void imans_fill_file(struct imans_file *record, struct fi
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct inode *inode = file->f_inode;
 	struct super_block *sb = inode->i_sb;
-	const struct cred *cred = task->cred;
 
 	__builtin_memset(record, 0, sizeof(*record));
 	imans_fill_header(&record->header, IMANS_FILE, look->mntns, look->inum);
-	record->subject.tgid = task->tgid;
-	record->subject.pid = task->pid;
-	record->subject.start_boottime = task->group_leader->start_boottime;
-	record->subject.uid = cred->uid.val;
-	record->subject.euid = cred->euid.val;
-	record->subject.suid = cred->suid.val;
-	record->subject.gid = cred->gid.val;
-	record->subject.egid = cred->egid.val;
-	record->subject.sgid = cred->sgid.val;
+	imans_fill_subject(&record->subject, task);
 	__builtin_memcpy(&record->content, &found->content, sizeof(record->content));
 	record->policy = look->policy;
 	record->seen_ino = inode->i_ino;
@@ -116,7 +107,7 @@ static __always_inline void imans_fill_file(struct imans_file *record, struct fi
 	record->fowner = inode->i_uid.val;
 	record->fgroup = inode->i_gid.val;
 	record->func = look->func;
-	record->flags = found->flags | imans_cap_flags(cred);
+	record->flags = found->flags | imans_cap_flags(task->cred);
 	if (!file->f_path.dentry->d_hash.pprev)
 		record->flags |= IMANS_UNLINKED;
 	record->vma_start = look->vma_start;
@@ -148,6 +139,7 @@ static __noinline int imans_submit_file(struct file *file, const struct imans_lo
 	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
 	if (!record)
 		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
+	found.flags |= imans_hold_file(file, &found.content.version);
 	len = bpf_d_path(&file->f_path, record->path, sizeof(record->path));
 	if (len > 0) {
 		imans_fill_file(&record->file, file, look, &found);
@@ -160,6 +152,7 @@ static __noinline int imans_submit_file(struct file *file, const struct imans_lo
 	long_record = bpf_ringbuf_reserve(&events, sizeof(*long_record), 0);
 	if (!long_record)
 		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
+	found.flags |= imans_hold_file(file, &found.content.version);
 	len = bpf_d_path(&file->f_path, long_record->path, sizeof(long_record->path));
 	imans_fill_file(&long_record->file, file, look, &found);
 	if (len > 0)
@@ -180,6 +173,7 @@ static __noinline int imans_submit_mapping(struct file *file, const struct imans
 	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
 	if (!record)
 		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
+	found.flags |= imans_hold_file(file, &found.content.version);
 	imans_fill_file(&record->file, file, look, &found);
 	imans_fill_name(&record->file, record->path, file);
 	bpf_ringbuf_submit(record, imans_wake_flags());

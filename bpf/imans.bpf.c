@@ -5,6 +5,7 @@
  *   bprm_check_security     a program, script or interpreter is about to run (BPRM_CHECK)
  *   mmap_file               a file is about to be mapped executable (MMAP_CHECK, MMAP_CHECK_REQPROT)
  *   file_mprotect           a mapped file is about to become executable (MMAP_CHECK)
+ *   mnt_get_write_access    a file that was measured is about to be opened for writing (__mnt_want_write before 6.8)
  *   copy_mnt_ns             a mount namespace is born; its creator's is its parent
  *   switch_task_namespaces  a task moves into another mount namespace
  *   proc_free_inum          a mount namespace is gone
@@ -29,6 +30,7 @@ const volatile bool imans_kernel_digest = true;
 #include "content.h"
 #include "measured.h"
 #include "digest.h"
+#include "writers.h"
 #include "file.h"
 
 /* ---- Files ---- */
@@ -93,6 +95,22 @@ int BPF_PROG(imans_file_mprotect, struct vm_area_struct *vma, unsigned long reqp
 	if (!(prot & PROT_EXEC) || ret)
 		return ret;
 	return imans_make_executable(vma, IMANS_MPROTECT | (reqprot & PROT_EXEC ? IMANS_REQPROT : 0));
+}
+
+/* internal/loader attaches it to the function of that kernel. What is asked for without a path walk is no open of a program's. */
+SEC("fentry/mnt_get_write_access")
+int BPF_PROG(imans_write_access, struct vfsmount *mnt)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
+	struct nameidata *walk = task->nameidata;
+	struct inode *inode;
+
+	if (!walk || walk->path.mnt != mnt)
+		return 0;
+	inode = walk->path.dentry->d_inode;
+	if ((inode->i_mode & S_IFMT) == S_IFREG)
+		imans_look_at_writer(inode);
+	return 0;
 }
 
 /* ---- Mount namespaces ---- */
@@ -211,6 +229,7 @@ const struct imans_file *imans_keep_file;
 const struct imans_birth *imans_keep_birth;
 const struct imans_death *imans_keep_death;
 const struct imans_move *imans_keep_move;
+const struct imans_write *imans_keep_write;
 const struct imans_task *imans_keep_task;
 const struct imans_id_maps *imans_keep_id_maps;
 

@@ -31,6 +31,7 @@ enum bpf_map_type {
 /* include/uapi/linux/bpf.h */
 #define BPF_ANY 0
 #define BPF_NOEXIST 1
+#define BPF_F_NO_PREALLOC 1
 #define BPF_F_MMAPABLE (1 << 10)
 #define BPF_RB_NO_WAKEUP 1
 #define BPF_RB_FORCE_WAKEUP 2
@@ -129,7 +130,10 @@ struct cred___6_1 {
 	struct kernel_cap_struct cap_effective;
 } BPF_CORE;
 
+struct nameidata;
+
 struct task_struct {
+	struct nameidata *nameidata;
 	int pid;
 	int tgid;
 	__u64 start_boottime;
@@ -178,6 +182,7 @@ struct inode {
 	__s64 i_size;
 	atomic64_t i_version;
 	atomic_t i_writecount;
+	atomic_t i_readcount;
 	__u32 i_generation;
 	unsigned int i_nlink;
 } BPF_CORE;
@@ -212,8 +217,16 @@ struct dentry {
 	struct inode *d_inode;
 } BPF_CORE;
 
+struct vfsmount;
+
 struct path {
+	struct vfsmount *mnt;
 	struct dentry *dentry;
+} BPF_CORE;
+
+/* fs/namei.c: the path that a task is opening, among others. */
+struct nameidata {
+	struct path path;
 } BPF_CORE;
 
 struct file {

@@ -142,7 +142,10 @@ func (p *pump) drain(ctx context.Context) error {
 func (p *pump) losses(ctx context.Context) error {
 	lost, err := p.tree.Losses(ctx)
 	p.lost = p.lost || lost
-	if err != nil || !p.lost || p.kernel.Backlog() > 0 {
+	if err != nil || p.kernel.Backlog() > 0 {
+		return err
+	}
+	if err := p.tree.TrimHolds(); err != nil || !p.lost {
 		return err
 	}
 	p.lost = false
@@ -221,6 +224,8 @@ func (p *pump) handle(ctx context.Context, b []byte) (namespace.Pending, error) 
 	switch r := record.(type) {
 	case *event.File:
 		return p.tree.File(ctx, r)
+	case *event.Write:
+		return namespace.Pending{}, p.tree.Write(ctx, r)
 	case *event.Birth:
 		return namespace.Pending{}, p.tree.Birth(r)
 	case *event.Death:

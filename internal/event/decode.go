@@ -19,6 +19,7 @@ const (
 	MoveSize   = 56
 	TaskSize   = 40
 	IDMapsSize = 160
+	WriteSize  = 88
 )
 
 const (
@@ -27,6 +28,7 @@ const (
 	kindDeath  = 3
 	kindMove   = 4
 	kindIDMaps = 5
+	kindWrite  = 6
 )
 
 // ctimeNsecBits is where the nanoseconds of a packed change time end.
@@ -35,7 +37,7 @@ const ctimeNsecBits = 30
 // PathMax is the longest path that a record carries, in bytes: the kernel's PATH_MAX.
 const PathMax = 4096
 
-// Record is one decoded record: *File, *Birth, *Death, *Move or *IDMaps.
+// Record is one decoded record: *File, *Write, *Birth, *Death, *Move or *IDMaps.
 type Record interface {
 	// Origin returns the part that all records share.
 	Origin() Header
@@ -65,7 +67,9 @@ func Decode(b []byte) (Record, error) {
 	bad := func(format string, args ...any) (Record, error) {
 		return nil, &DecodeError{Kind: kind, Length: len(b), Reason: fmt.Sprintf(format, args...)}
 	}
-	sizes := map[uint32]int{kindFile: FileSize, kindBirth: BirthSize, kindDeath: DeathSize, kindMove: MoveSize, kindIDMaps: IDMapsSize}
+	sizes := map[uint32]int{
+		kindFile: FileSize, kindBirth: BirthSize, kindDeath: DeathSize, kindMove: MoveSize, kindIDMaps: IDMapsSize, kindWrite: WriteSize,
+	}
 	size, ok := sizes[kind]
 	if !ok {
 		return bad("unknown kind")
@@ -87,6 +91,10 @@ func Decode(b []byte) (Record, error) {
 		gids, cut := decodeIDMap(b, u32(b, 36), 100)
 		m.GIDs, m.Cut = gids, m.Cut || cut
 		return m, nil
+	case kindWrite:
+		w := &Write{Header: h, Inode: Inode{Ino: u64(b, 72), Dev: u32(b, 80), Generation: u32(b, 84)}}
+		w.Process, w.Subject = decodeSubject(b)
+		return w, nil
 	case kindDeath:
 		return &Death{h}, nil
 	case kindMove:
@@ -115,12 +123,16 @@ func decodeIDMap(b []byte, n uint32, at int) (m ima.IDMap, cut bool) {
 	return m, false
 }
 
+// decodeSubject reads who acted, where all records that tell it have it.
+func decodeSubject(b []byte) (Process, Subject) {
+	return Process{TGID: u32(b, 32), PID: u32(b, 36), Start: time.Duration(u64(b, 40))},
+		Subject{UID: u32(b, 48), EUID: u32(b, 52), SUID: u32(b, 56), GID: u32(b, 60), EGID: u32(b, 64), SGID: u32(b, 68)}
+}
+
 // decodeFile reads the fields of fixed place.
 func decodeFile(b []byte, h Header) *File {
 	f := &File{
 		Header:   h,
-		Process:  Process{TGID: u32(b, 32), PID: u32(b, 36), Start: time.Duration(u64(b, 40))},
-		Subject:  Subject{UID: u32(b, 48), EUID: u32(b, 52), SUID: u32(b, 56), GID: u32(b, 60), EGID: u32(b, 64), SGID: u32(b, 68)},
 		Nlink:    u32(b, 112),
 		RealFS:   FileSystem{Magic: u64(b, 120), UUID: [16]byte(b[128:144])},
 		Policy:   u64(b, 144),
@@ -134,6 +146,7 @@ func decodeFile(b []byte, h Header) *File {
 		VMAStart: u64(b, 208),
 		VMAEnd:   u64(b, 216),
 	}
+	f.Process, f.Subject = decodeSubject(b)
 	ctime := u64(b, 88)
 	f.Content = Content{
 		Ino: u64(b, 72), Size: u64(b, 104), CtimeSec: int64(ctime) >> ctimeNsecBits, CtimeNsec: uint32(ctime & (1<<ctimeNsecBits - 1)),

@@ -131,6 +131,30 @@ type FileSystem struct {
 	Subtype string
 }
 
+// Inode names an inode for as long as it is in memory. An overlayfs inode's generation is 0. Usable as a map key.
+type Inode struct {
+	Dev        uint32 // kernel dev_t: major << 20 | minor
+	Generation uint32
+	Ino        uint64
+}
+
+// Inodes returns the inodes by which a writer may reach the file: as it was opened, and under overlayfs the one that holds its bytes.
+func (f *File) Inodes() []Inode {
+	inodes := []Inode{{f.Content.Dev, f.Content.Generation, f.Content.Ino}}
+	if f.Flags&Overlay != 0 {
+		inodes = append(inodes, Inode{Dev: f.SeenDev, Ino: f.SeenIno})
+	}
+	return inodes
+}
+
+// Write is a file that was measured, that someone has open for reading, and that Process is about to open for writing.
+type Write struct {
+	Header  // the writer's namespace
+	Process Process
+	Subject Subject
+	Inode   Inode
+}
+
 // Birth is a mount namespace that came to be, or was first met (Parent zero: not known).
 type Birth struct {
 	Header

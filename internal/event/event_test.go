@@ -142,6 +142,32 @@ func TestDecodeBirth(t *testing.T) {
 	}
 }
 
+func TestDecodeWrite(t *testing.T) {
+	b := make([]byte, WriteSize)
+	put32 := func(at int, v uint32) { binary.NativeEndian.PutUint32(b[at:], v) }
+	put32(0, kindWrite)
+	put32(32, 70)
+	put32(48, 1000)
+	put32(72, 5)
+	put32(80, 8<<20|1)
+	put32(84, 9)
+	r, err := Decode(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w := r.(*Write); w.Process.TGID != 70 || w.Subject.UID != 1000 || w.Inode != (Inode{Dev: 8<<20 | 1, Generation: 9, Ino: 5}) {
+		t.Errorf("write %+v", w)
+	}
+	f := &File{Content: Content{Dev: 1, Generation: 2, Ino: 3}, SeenDev: 4, SeenIno: 5}
+	if got := f.Inodes(); len(got) != 1 || got[0] != (Inode{1, 2, 3}) {
+		t.Errorf("inodes %+v", got)
+	}
+	f.Flags = Overlay
+	if got := f.Inodes(); len(got) != 2 || got[1] != (Inode{Dev: 4, Ino: 5}) {
+		t.Errorf("inodes of an overlayfs file %+v", got)
+	}
+}
+
 func TestDecodeRefuses(t *testing.T) {
 	put32 := func(at int, v uint32) func([]byte) {
 		return func(b []byte) { binary.NativeEndian.PutUint32(b[at:], v) }

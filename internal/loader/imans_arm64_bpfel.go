@@ -20,6 +20,20 @@ type imansImansDigest struct {
 	Sum  [64]uint8
 }
 
+type imansImansHold struct {
+	_        structs.HostLayout
+	Boottime uint64
+	Told     uint32
+	Pad      uint32
+}
+
+type imansImansInode struct {
+	_          structs.HostLayout
+	Ino        uint64
+	Dev        uint32
+	Generation uint32
+}
+
 type imansImansLossKey struct {
 	_      structs.HostLayout
 	Mntns  uint64
@@ -82,6 +96,7 @@ type imansImansVersion struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	imansMapEvents                     = "events"
+	imansMapHeldInodes                 = "held_inodes"
 	imansMapLosses                     = "losses"
 	imansMapMeasuredBySubject          = "measured_by_subject"
 	imansMapMeasuredContents           = "measured_contents"
@@ -98,12 +113,14 @@ const (
 	imansProgImansMmapFile             = "imans_mmap_file"
 	imansProgImansProcFreeInum         = "imans_proc_free_inum"
 	imansProgImansSwitchTaskNamespaces = "imans_switch_task_namespaces"
+	imansProgImansWriteAccess          = "imans_write_access"
 	imansVarImansKeepBirth             = "imans_keep_birth"
 	imansVarImansKeepDeath             = "imans_keep_death"
 	imansVarImansKeepFile              = "imans_keep_file"
 	imansVarImansKeepIdMaps            = "imans_keep_id_maps"
 	imansVarImansKeepMove              = "imans_keep_move"
 	imansVarImansKeepTask              = "imans_keep_task"
+	imansVarImansKeepWrite             = "imans_keep_write"
 	imansVarImansKernelDigest          = "imans_kernel_digest"
 )
 
@@ -156,6 +173,7 @@ type imansProgramSpecs struct {
 	ImansMmapFile             *ebpf.ProgramSpec `ebpf:"imans_mmap_file"`
 	ImansProcFreeInum         *ebpf.ProgramSpec `ebpf:"imans_proc_free_inum"`
 	ImansSwitchTaskNamespaces *ebpf.ProgramSpec `ebpf:"imans_switch_task_namespaces"`
+	ImansWriteAccess          *ebpf.ProgramSpec `ebpf:"imans_write_access"`
 }
 
 // imansMapSpecs contains maps before they are loaded into the kernel.
@@ -163,6 +181,7 @@ type imansProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type imansMapSpecs struct {
 	Events            *ebpf.MapSpec `ebpf:"events"`
+	HeldInodes        *ebpf.MapSpec `ebpf:"held_inodes"`
 	Losses            *ebpf.MapSpec `ebpf:"losses"`
 	MeasuredBySubject *ebpf.MapSpec `ebpf:"measured_by_subject"`
 	MeasuredContents  *ebpf.MapSpec `ebpf:"measured_contents"`
@@ -184,6 +203,7 @@ type imansVariableSpecs struct {
 	ImansKeepIdMaps   *ebpf.VariableSpec `ebpf:"imans_keep_id_maps"`
 	ImansKeepMove     *ebpf.VariableSpec `ebpf:"imans_keep_move"`
 	ImansKeepTask     *ebpf.VariableSpec `ebpf:"imans_keep_task"`
+	ImansKeepWrite    *ebpf.VariableSpec `ebpf:"imans_keep_write"`
 	ImansKernelDigest *ebpf.VariableSpec `ebpf:"imans_kernel_digest"`
 }
 
@@ -208,6 +228,7 @@ func (o *imansObjects) Close() error {
 // It can be passed to loadImansObjects or ebpf.CollectionSpec.LoadAndAssign.
 type imansMaps struct {
 	Events            *ebpf.Map `ebpf:"events"`
+	HeldInodes        *ebpf.Map `ebpf:"held_inodes"`
 	Losses            *ebpf.Map `ebpf:"losses"`
 	MeasuredBySubject *ebpf.Map `ebpf:"measured_by_subject"`
 	MeasuredContents  *ebpf.Map `ebpf:"measured_contents"`
@@ -222,6 +243,7 @@ type imansMaps struct {
 func (m *imansMaps) Close() error {
 	return _ImansClose(
 		m.Events,
+		m.HeldInodes,
 		m.Losses,
 		m.MeasuredBySubject,
 		m.MeasuredContents,
@@ -244,6 +266,7 @@ type imansVariables struct {
 	ImansKeepIdMaps   *ebpf.Variable `ebpf:"imans_keep_id_maps"`
 	ImansKeepMove     *ebpf.Variable `ebpf:"imans_keep_move"`
 	ImansKeepTask     *ebpf.Variable `ebpf:"imans_keep_task"`
+	ImansKeepWrite    *ebpf.Variable `ebpf:"imans_keep_write"`
 	ImansKernelDigest *ebpf.Variable `ebpf:"imans_kernel_digest"`
 }
 
@@ -258,6 +281,7 @@ type imansPrograms struct {
 	ImansMmapFile             *ebpf.Program `ebpf:"imans_mmap_file"`
 	ImansProcFreeInum         *ebpf.Program `ebpf:"imans_proc_free_inum"`
 	ImansSwitchTaskNamespaces *ebpf.Program `ebpf:"imans_switch_task_namespaces"`
+	ImansWriteAccess          *ebpf.Program `ebpf:"imans_write_access"`
 }
 
 func (p *imansPrograms) Close() error {
@@ -269,6 +293,7 @@ func (p *imansPrograms) Close() error {
 		p.ImansMmapFile,
 		p.ImansProcFreeInum,
 		p.ImansSwitchTaskNamespaces,
+		p.ImansWriteAccess,
 	)
 }
 

@@ -43,11 +43,13 @@ const (
 
 // Kernel is the kernel side at work.
 type Kernel struct {
-	maps   map[string]*ebpf.Map
-	links  map[string]link.Link
-	ring   *ring
-	slots  *slots
-	origin Origin
+	maps  map[string]*ebpf.Map
+	links map[string]link.Link
+	// tracing are the programs that the kernel skips where one is interrupted by itself.
+	tracing []*ebpf.Program
+	ring    *ring
+	slots   *slots
+	origin  Origin
 }
 
 // Origin tells how Open came by the programs.
@@ -116,6 +118,7 @@ const (
 	firstInum              = 0xefffff00 // IMANS_FIRST_INUM
 	settingDistrustOverlay = 0          // IMANS_DISTRUST_OVERLAY
 	settingWake            = 1          // IMANS_WAKE
+	settingHoldAll         = 2          // IMANS_HOLD_ALL
 )
 
 // Registered returns the mount namespaces that the kernel side knows, each with its parent (zero: not known).
@@ -237,7 +240,8 @@ type LossKey struct {
 	Reason event.Loss
 }
 
-// Losses returns how many events were lost since the programs were loaded. The counters only grow.
+// Losses returns how many events were lost since the programs were loaded, those of no namespace under the zero one. The counters only
+// grow.
 func (k *Kernel) Losses() (map[LossKey]uint64, error) {
 	losses := make(map[LossKey]uint64)
 	var key struct {
@@ -251,6 +255,17 @@ func (k *Kernel) Losses() (map[LossKey]uint64, error) {
 	}
 	if err := it.Err(); err != nil {
 		return nil, fmt.Errorf("read loss counters: %w", err)
+	}
+	var skipped uint64
+	for _, p := range k.tracing {
+		stats, err := p.Stats()
+		if err != nil {
+			return nil, fmt.Errorf("read how often a program was skipped: %w", err)
+		}
+		skipped += stats.RecursionMisses
+	}
+	if skipped > 0 {
+		losses[LossKey{Reason: event.LossProgramSkipped}] = skipped
 	}
 	return losses, nil
 }
@@ -290,6 +305,9 @@ func (k *Kernel) Close() error {
 	}
 	if k.slots != nil {
 		errs = append(errs, k.slots.close())
+	}
+	for _, p := range k.tracing {
+		errs = append(errs, p.Close())
 	}
 	for _, l := range k.links {
 		errs = append(errs, l.Close())

@@ -19,6 +19,9 @@ imans_version 32: ino 0, change 8, ctime 16, dev 24, generation 28
 imans_content 72: version 0, size 32, nlink 40, pad 44, fs_magic 48, fs_uuid 56
 imans_digest 72: algo 0, pad 4, sum 8
 imans_file 360: header 0, subject 32, content 72, policy 144, seen_ino 152, seen_magic 160, seen_uuid 168, seen_dev 184, fowner 188, fgroup 192, func 196, flags 200, path_len 204, vma_start 208, vma_end 216, digest 224, fs_name 296, fs_subtype 328
+imans_inode 16: ino 0, dev 8, generation 12
+imans_write 88: header 0, subject 32, inode 72
+imans_hold 16: boottime 0, told 8, pad 12
 imans_birth 80: header 0, parent 32, parent_inum 40, tgid 44, ancestors 48
 imans_id_range 12: inside 0, outside 4, count 8
 imans_id_maps 160: header 0, users 32, groups 36, uids 40, gids 100
@@ -60,6 +63,8 @@ func TestLayoutIsTheObjects(t *testing.T) {
 	for name, sizes := range map[string][2]uintptr{
 		"key":             {unsafe.Sizeof(event.MeasuredKey{}), unsafe.Sizeof(imansImansMeasuredKey{})},
 		"slot":            {unsafe.Sizeof(slot{}), unsafe.Sizeof(imansImansMeasuredSlot{})},
+		"inode":           {unsafe.Sizeof(rawInode{}), unsafe.Sizeof(imansImansInode{})},
+		"hold":            {unsafe.Sizeof(hold{}), unsafe.Sizeof(imansImansHold{})},
 		"mount namespace": {unsafe.Sizeof(mountNamespace{}), unsafe.Sizeof(imansImansMountNamespace{})},
 		"policy":          {unsafe.Sizeof(namespacePolicy{}), unsafe.Sizeof(imansImansNamespacePolicy{})},
 	} {
@@ -67,7 +72,7 @@ func TestLayoutIsTheObjects(t *testing.T) {
 			t.Errorf("%s: %d bytes in Go, %d in the object", name, sizes[0], sizes[1])
 		}
 	}
-	if event.FileSize != 360 || event.BirthSize != 80 || event.IDMapsSize != 160 || event.DeathSize != 32 || event.MoveSize != 56 || event.TaskSize != 40 {
+	if event.FileSize != 360 || event.BirthSize != 80 || event.IDMapsSize != 160 || event.DeathSize != 32 || event.MoveSize != 56 || event.WriteSize != 88 || event.TaskSize != 40 {
 		t.Error("sizes of internal/event are not those above")
 	}
 }

@@ -90,6 +90,25 @@ func configure(spec *ebpf.CollectionSpec, o Options) error {
 	return nil
 }
 
+// writeAccessBefore68 is what mnt_get_write_access was called before Linux 6.8.
+const writeAccessBefore68 = "__mnt_want_write"
+
+// fit gives a program the name that a function has in this kernel.
+func fit(spec *ebpf.CollectionSpec, types *btf.Cache) error {
+	kernel, err := types.Kernel()
+	if err != nil {
+		return fmt.Errorf("read the kernel's types: %w", err)
+	}
+	var f *btf.Func
+	program := spec.Programs[imansProgImansWriteAccess]
+	if err := kernel.TypeByName(program.AttachTo, &f); errors.Is(err, btf.ErrNotFound) {
+		program.AttachTo = writeAccessBefore68
+	} else if err != nil {
+		return fmt.Errorf("look for %s in the kernel's types: %w", program.AttachTo, err)
+	}
+	return nil
+}
+
 // build identifies what Open would load: the object and the options baked into it.
 func build(o Options) [sha256.Size]byte {
 	h := sha256.New()
@@ -102,7 +121,7 @@ func build(o Options) [sha256.Size]byte {
 // pinnedMaps are the maps that outlive the agent; the others belong to the programs alone.
 func pinnedMaps() []string {
 	return []string{
-		imansMapEvents, imansMapLosses, imansMapMeasuredBySubject, imansMapMeasuredContents, imansMapMeasuredSlots,
+		imansMapEvents, imansMapHeldInodes, imansMapLosses, imansMapMeasuredBySubject, imansMapMeasuredContents, imansMapMeasuredSlots,
 		imansMapMountNamespaces, imansMapNamespaceIds, imansMapNamespacePolicies, imansMapSettings,
 	}
 }
@@ -192,6 +211,9 @@ func load(spec *ebpf.CollectionSpec, o Options) (_ *Kernel, err error) {
 	if o.Types == nil {
 		o.Types = btf.NewCache()
 	}
+	if err := fit(spec, o.Types); err != nil {
+		return nil, err
+	}
 	options := ebpf.CollectionOptions{Cache: o.Types}
 	if overlay := overlayTypes(o.Types); overlay != nil {
 		options.Programs.ExtraRelocationTargets = []*btf.Spec{overlay}
@@ -217,7 +239,7 @@ func load(spec *ebpf.CollectionSpec, o Options) (_ *Kernel, err error) {
 	// Namespace programs first: an event's namespace should be known.
 	for _, name := range []string{
 		imansProgImansProcFreeInum, imansProgImansCopyMntNs, imansProgImansSwitchTaskNamespaces, imansProgImansIterTask,
-		imansProgImansBprmCheckSecurity, imansProgImansMmapFile, imansProgImansFileMprotect,
+		imansProgImansWriteAccess, imansProgImansBprmCheckSecurity, imansProgImansMmapFile, imansProgImansFileMprotect,
 	} {
 		l, err := attach(collection.Programs[name])
 		if err != nil {
@@ -284,6 +306,29 @@ func (k *Kernel) start() error {
 	}
 	if k.slots, err = openSlots(k.maps[imansMapMeasuredSlots]); err != nil {
 		return errors.Join(err, k.Close())
+	}
+	if err = k.openTracing(); err != nil {
+		return errors.Join(err, k.Close())
+	}
+	return nil
+}
+
+// openTracing opens the programs that the kernel may skip.
+func (k *Kernel) openTracing() error {
+	for name, l := range k.links {
+		info, err := l.Info()
+		if err != nil {
+			return fmt.Errorf("look at link %s: %w", name, err)
+		}
+		p, err := ebpf.NewProgramFromID(info.Program)
+		if err != nil {
+			return fmt.Errorf("open program %s: %w", name, err)
+		}
+		if p.Type() != ebpf.Tracing {
+			p.Close()
+			continue
+		}
+		k.tracing = append(k.tracing, p)
 	}
 	return nil
 }

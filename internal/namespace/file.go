@@ -187,6 +187,12 @@ func (l *look) measure(n, s *State) error {
 		if d.Actions&ima.Measure == 0 {
 			continue
 		}
+		if err := l.hold(n); err != nil {
+			if err := n.giveUp(l.ctx, err); err != nil {
+				return err
+			}
+			continue
+		}
 		key := entryKey{pcr: n.pcr, template: template, algo: sum.Algo()}
 		if d.PCR >= 0 {
 			key.pcr = d.PCR

@@ -58,6 +58,7 @@ type State struct {
 	given    uint32 // how many it was given so far
 	root     *digest.Root
 	writers  map[event.Content]bool // contents whose open writers are on record
+	held     *held                  // inodes that the list tells of; nil until it is open
 
 	gone chan struct{} // closed when the namespace has ended
 }
@@ -267,6 +268,9 @@ func (s *State) giveUp(ctx context.Context, cause error) error {
 
 // openList opens the list with the TPM, or the Late one, that m names.
 func (s *State) openList(ctx context.Context, m measure.Config) error {
+	if err := s.openHeld(); err != nil {
+		return err
+	}
 	c := s.tree.config
 	m.Dir, m.PCR, m.Template, m.Algo, m.Store, m.Log = s.dir, s.pcr, s.template, s.algo, s.tree.store, c.Log
 	list, recovery, err := measure.Open(ctx, m)

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -36,6 +37,18 @@ func oraclePolicy() string {
 
 const kernelIMA = "/sys/kernel/security/ima/"
 
+// kernelPolicy loads oraclePolicy into the kernel, which takes one only once.
+var kernelPolicy = sync.OnceValue(func() error { return os.WriteFile(kernelIMA+"policy", []byte(oraclePolicy()), 0o600) })
+
+// loadKernelPolicy has the kernel's own IMA measure what runs, from the first call on. Tests of before are not to meet that: files' names
+// give the order.
+func loadKernelPolicy(t *testing.T) {
+	t.Helper()
+	if err := kernelPolicy(); err != nil {
+		t.Fatalf("load the policy into the kernel: %v", err)
+	}
+}
+
 // kernelList returns the kernel's own measurement list.
 func kernelList(t *testing.T) []*imalog.Entry {
 	t.Helper()
@@ -58,9 +71,7 @@ func TestMainJobZOracle(t *testing.T) {
 	a.args = append(a.args, "--policy", a.write("policy", oraclePolicy()))
 	a.start()
 	before := map[string]bool{}
-	if err := os.WriteFile(kernelIMA+"policy", []byte(oraclePolicy()), 0o600); err != nil {
-		t.Fatalf("load the policy into the kernel: %v", err)
-	}
+	loadKernelPolicy(t)
 	a.caughtUp()
 	for _, e := range a.list("native") {
 		before[identity(e)] = true

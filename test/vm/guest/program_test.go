@@ -34,6 +34,25 @@ func tinyProgram(unique string) []byte {
 	return b.Bytes()
 }
 
+// tinyProgram32 is the same for 32-bit x86.
+func tinyProgram32(unique string) []byte {
+	const base, headers = 0x400000, 52 + 32
+	code := []byte{0x31, 0xdb, 0x31, 0xc0, 0x40, 0xcd, 0x80} // xor ebx,ebx; xor eax,eax; inc eax; int 0x80
+	var b bytes.Buffer
+	b.WriteString("\x7fELF\x01\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00")
+	size := uint32(headers + len(code))
+	for _, v := range []any{
+		uint16(2), uint16(3), uint32(1), uint32(base + headers), uint32(52), uint32(0), uint32(0),
+		uint16(52), uint16(32), uint16(1), uint16(0), uint16(0), uint16(0),
+		uint32(1), uint32(0), uint32(base), uint32(base), size, size, uint32(5), uint32(0x1000),
+	} {
+		binary.Write(&b, binary.LittleEndian, v)
+	}
+	b.Write(code)
+	b.WriteString(unique)
+	return b.Bytes()
+}
+
 // makeProgram writes a program of its own content and returns its SHA-256.
 func makeProgram(t *testing.T, path string) [sha256.Size]byte {
 	t.Helper()

@@ -1,0 +1,69 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"imans.dev/imans-agent/internal/event"
+)
+
+// hold is struct imans_hold.
+type hold struct {
+	Boottime  uint64
+	Told, Pad uint32
+}
+
+// rawInode is struct imans_inode.
+type rawInode struct {
+	Ino             uint64
+	Dev, Generation uint32
+}
+
+// Hold tells the kernel side to tell of an inode's next writer, for one that an earlier set of programs held. One that is held stays as
+// it is; where there is no room every inode counts as held.
+func (k *Kernel) Hold(i event.Inode) error {
+	err := k.maps[imansMapHeldInodes].Update(rawInode{i.Ino, i.Dev, i.Generation}, hold{}, ebpf.UpdateNoExist)
+	if errors.Is(err, ebpf.ErrKeyExist) {
+		return nil
+	}
+	if err != nil {
+		return k.set(settingHoldAll, true)
+	}
+	return nil
+}
+
+// TrimHolds makes room if held inodes had none: those go that are held since before some time and that nobody wants any more. Their
+// records must have been handled.
+func (k *Kernel) TrimHolds(before time.Duration, wanted func(event.Inode) bool) error {
+	var full uint32
+	if err := k.maps[imansMapSettings].Lookup(uint32(settingHoldAll), &full); err != nil || full == 0 {
+		return err
+	}
+	m := k.maps[imansMapHeldInodes]
+	var old []rawInode
+	var i rawInode
+	var h hold
+	it := m.Iterate()
+	for it.Next(&i, &h) {
+		if time.Duration(h.Boottime) < before && !wanted(event.Inode{Dev: i.Dev, Generation: i.Generation, Ino: i.Ino}) {
+			old = append(old, i)
+		}
+	}
+	if err := it.Err(); errors.Is(err, ebpf.ErrIterationAborted) {
+		return nil // too much came and went; another time
+	} else if err != nil {
+		return fmt.Errorf("list held inodes: %w", err)
+	}
+	for _, i := range old {
+		if err := m.Delete(i); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("let go of an inode: %w", err)
+		}
+	}
+	if len(old) == 0 {
+		return nil // all are wanted: every inode goes on to count as held
+	}
+	return k.set(settingHoldAll, false)
+}

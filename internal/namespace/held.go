@@ -1,0 +1,140 @@
+package namespace
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"os"
+	"path/filepath"
+
+	"imans.dev/imans-agent/internal/event"
+)
+
+// held is which inodes a list tells of, and by which names: who opens one for writing while it is in use makes what the list tells
+// doubtful. It is kept in a file beside the log, for the next agent of the same boot; after a boot inodes begin anew, so nothing is synced.
+// Memory: about 50 bytes an inode.
+//
+// The goroutine that handles records uses it.
+type held struct {
+	path string
+	at   map[event.Inode]heldRecord
+	size int64
+}
+
+// heldRecord is where an inode's name is in the file, and what tells it from another.
+type heldRecord struct {
+	offset int64
+	sum    uint32 // CRC-32 of the name
+}
+
+// heldName is the file's name in a namespace's folder.
+const heldName = "held_inodes"
+
+// A record of the file: four numbers, little endian, of which the length says how much of a name follows.
+const (
+	heldHeader  = 20
+	heldDropped = ^uint32(0) // as a length: the inode is not held any more
+	heldNameMax = 1 << 16
+)
+
+// openHeld reads what an earlier agent wrote, if there was one. What is not whole at the end was not written.
+func openHeld(dir string) (*held, error) {
+	h := &held{path: filepath.Join(dir, heldName), at: make(map[event.Inode]heldRecord)}
+	b, err := os.ReadFile(h.path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("read which inodes a list tells of: %w", err)
+	}
+	for int64(len(b))-h.size >= heldHeader {
+		i, n := decodeHeld(b[h.size:])
+		switch {
+		case n == heldDropped:
+			delete(h.at, i)
+			n = 0
+		case n > heldNameMax || h.size+heldHeader+int64(n) > int64(len(b)):
+			n = heldNameMax
+		default:
+			h.at[i] = heldRecord{h.size, crc32.ChecksumIEEE(b[h.size+heldHeader:][:n])}
+		}
+		if n == heldNameMax {
+			break
+		}
+		h.size += heldHeader + int64(n)
+	}
+	if h.size < int64(len(b)) {
+		if err := os.Truncate(h.path, h.size); err != nil {
+			return nil, fmt.Errorf("cut what is not whole: %w", err)
+		}
+	}
+	return h, nil
+}
+
+func decodeHeld(b []byte) (i event.Inode, length uint32) {
+	le := binary.LittleEndian
+	return event.Inode{Dev: le.Uint32(b[4:]), Generation: le.Uint32(b[8:]), Ino: le.Uint64(b[12:])}, le.Uint32(b)
+}
+
+// add holds an inode by a name, the latest: numbers of inodes are given again, so it need not be the same file.
+func (h *held) add(i event.Inode, name string) error {
+	name = name[:min(len(name), heldNameMax-1)]
+	r := heldRecord{h.size, crc32.ChecksumIEEE([]byte(name))}
+	if known, ok := h.at[i]; ok && known.sum == r.sum {
+		return nil
+	}
+	if err := h.append(i, uint32(len(name)), name); err != nil {
+		return err
+	}
+	h.at[i] = r
+	return nil
+}
+
+// drop lets go of an inode.
+func (h *held) drop(i event.Inode) error {
+	if err := h.append(i, heldDropped, ""); err != nil {
+		return err
+	}
+	delete(h.at, i)
+	return nil
+}
+
+func (h *held) append(i event.Inode, length uint32, name string) (err error) {
+	f, err := os.OpenFile(h.path, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("note which inodes a list tells of: %w", err)
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	le := binary.LittleEndian
+	b := le.AppendUint32(nil, length)
+	b = le.AppendUint32(b, i.Dev)
+	b = le.AppendUint32(b, i.Generation)
+	b = append(le.AppendUint64(b, i.Ino), name...)
+	if _, err := f.WriteAt(b, h.size); err != nil { // what an error left is overwritten by the next
+		return fmt.Errorf("note which inodes a list tells of: %w", err)
+	}
+	h.size += int64(len(b))
+	return nil
+}
+
+// name returns the name by which an inode is held; false: it is not.
+func (h *held) name(i event.Inode) (string, bool, error) {
+	r, ok := h.at[i]
+	if !ok {
+		return "", false, nil
+	}
+	f, err := os.Open(h.path)
+	if err != nil {
+		return "", false, fmt.Errorf("read which inodes a list tells of: %w", err)
+	}
+	defer f.Close()
+	b := make([]byte, heldHeader+heldNameMax)
+	n, err := f.ReadAt(b, r.offset)
+	if err != nil && err != io.EOF {
+		return "", false, fmt.Errorf("read which inodes a list tells of: %w", err)
+	}
+	found, length := decodeHeld(b)
+	if n < heldHeader || found != i || heldHeader+int64(length) > int64(n) {
+		return "", false, fmt.Errorf("read which inodes a list tells of: %s is not what this agent wrote", h.path)
+	}
+	return string(b[heldHeader : heldHeader+length]), true, nil
+}

@@ -1,0 +1,261 @@
+//go:build vm
+
+package guest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// mapped has a file mapped executable until the returned function is called. Its descriptor is closed, as by a linker.
+func mapped(t *testing.T, path string) (release func()) {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := unix.Mmap(int(f.Fd()), 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_EXEC, unix.MAP_PRIVATE)
+	if err = errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return func() { unix.Munmap(m) }
+}
+
+// openForWriting opens a file for writing, writes what is given, and closes it.
+func openForWriting(path string, flags int, write string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|flags, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(write)
+	return errors.Join(err, f.Close())
+}
+
+// writerCase is a way to open a file for writing.
+type writerCase struct {
+	name string
+	do   func(t *testing.T, path string) // the file is there and was not measured yet
+	want int                             // violations that name the file
+	less int                             // of them on an overlay whose file is of a lower layer: a mapping of that is not concerned
+}
+
+// writerCases are ways to open measured files for writing, while they are in use or not. The agent has looked before each change, or it
+// would find the file changed.
+func writerCases(a *agent) []writerCase {
+	write := func(t *testing.T, path string, flags int, text string) {
+		t.Helper()
+		a.caughtUp()
+		if err := openForWriting(path, flags, text); err != nil {
+			t.Error(err)
+		}
+	}
+	return []writerCase{
+		{"in use", func(t *testing.T, path string) {
+			defer mapped(t, path)()
+			write(t, path, os.O_APPEND, "changed")
+		}, 1, 1},
+		{"open", func(t *testing.T, path string) {
+			f, err := os.Open(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			defer mapped(t, path)()
+			write(t, path, os.O_APPEND, "changed")
+		}, 1, 0},
+		{"in use, not changed", func(t *testing.T, path string) {
+			defer mapped(t, path)()
+			write(t, path, 0, "")
+			write(t, path, 0, "")
+		}, 1, 1},
+		{"for reading and writing", func(t *testing.T, path string) {
+			defer mapped(t, path)()
+			a.caughtUp()
+			sh(t, "exec 3<>"+path)
+		}, 1, 1},
+		{"truncated", func(t *testing.T, path string) {
+			defer mapped(t, path)()
+			write(t, path, os.O_TRUNC, "")
+		}, 1, 1},
+		{"by another link", func(t *testing.T, path string) {
+			defer mapped(t, path)()
+			if err := os.Link(path, path+".link"); err != nil {
+				t.Error(err)
+			}
+			write(t, path+".link", os.O_APPEND, "changed")
+		}, 1, 1},
+		{"again, with new content", func(t *testing.T, path string) {
+			release := mapped(t, path)
+			write(t, path, os.O_APPEND, "changed")
+			release()
+			defer mapped(t, path)()
+			write(t, path, os.O_APPEND, "again")
+		}, 2, 1},
+		{"open for writing already", func(t *testing.T, path string) {
+			f, err := os.OpenFile(path, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			mapped(t, path)()
+			a.caughtUp()
+		}, 1, 0},
+		{"not in use any more", func(t *testing.T, path string) {
+			mapped(t, path)()
+			write(t, path, os.O_APPEND, "changed")
+		}, 0, 0},
+		{"read only by others", func(t *testing.T, path string) {
+			defer mapped(t, path)()
+			a.caughtUp()
+			sh(t, "cat "+path+" >/dev/null")
+		}, 0, 0},
+		{"replaced", func(t *testing.T, path string) {
+			defer mapped(t, path)()
+			a.caughtUp()
+			sh(t, fmt.Sprintf("cp %[1]s %[1]s.new && mv %[1]s.new %[1]s", path))
+		}, 0, 0},
+		{"a running program", func(t *testing.T, path string) {
+			sh(t, "cp /bin/busybox "+path)
+			cmd := exec.Command(path)
+			cmd.Args[0] = "cat"
+			in, err := cmd.StdinPipe()
+			if err == nil {
+				err = cmd.Start()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer cmd.Wait()
+			defer in.Close()
+			if err := openForWriting(path, 0, ""); !errors.Is(err, unix.ETXTBSY) {
+				t.Errorf("open a running program for writing: %v", err)
+			}
+		}, 0, 0},
+	}
+}
+
+// lowerPlace is an overlay's file that nobody has written to.
+const lowerPlace = "overlay, lower"
+
+// writerPlaces makes folders of the kinds of file systems that a writer may find a file on, each with a file named file.
+func writerPlaces(t *testing.T) map[string]string {
+	t.Helper()
+	places := map[string]string{"disk": tempDir(t, "/root"), "memory": tempDir(t, "/tmp")}
+	overlay := tempDir(t, "/root")
+	sh(t, fmt.Sprintf("cd %s && mkdir lower upper work merged", overlay))
+	makeProgram(t, overlay+"/lower/file")
+	sh(t, fmt.Sprintf("cd %s && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay merged", overlay))
+	t.Cleanup(func() { exec.Command("umount", "-l", overlay+"/merged").Run() })
+	places[lowerPlace] = overlay + "/merged"
+	if err := os.Mkdir(overlay+"/merged/upper", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	places["overlay, upper"] = overlay + "/merged/upper"
+	for place, dir := range places {
+		if place != lowerPlace {
+			makeProgram(t, dir+"/file")
+		}
+	}
+	return places
+}
+
+// A file that is opened for writing while someone has it open as measured is a violation of its name, once for each content.
+func TestNeverSilentWriters(t *testing.T) {
+	a := startAgent(t)
+	for i, c := range writerCases(a) {
+		t.Run(c.name, func(t *testing.T) {
+			a := a.in(t)
+			places := writerPlaces(t)
+			if short() && i > 1 {
+				places = map[string]string{"disk": places["disk"], lowerPlace: places[lowerPlace]}
+			}
+			for place, dir := range places {
+				path := dir + "/file"
+				want := c.want
+				if place == lowerPlace {
+					want -= c.less
+				}
+				c.do(t, path)
+				measured, violations := names(a.list("native"))
+				if violations[path] != want || measured[path] == 0 {
+					t.Errorf("%s: %d violations, want %d; %d entries", place, violations[path], want, measured[path])
+				}
+			}
+		})
+	}
+	a.verifyNow("native")
+}
+
+// It is a violation in the lists that tell of the file, and in no others; whatever became of the agent in between.
+func TestNeverSilentWritersOfContainers(t *testing.T) {
+	a := startAgent(t, "--namespaces", "all", "--ns-tpm", "none") // a vTPM would end with the kernel side below
+	dir := tempDir(t, "/root")
+	file := dir + "/lib.so"
+	sh(t, "cp /lib/x86_64-linux-gnu/libm.so.6 "+file)
+	holder := func(preload string) (name string) {
+		t.Helper()
+		cmd := exec.Command("unshare", "--mount", "sh", "-c", "LD_PRELOAD="+preload+" cat; :")
+		in, err := cmd.StdinPipe()
+		out, errOut := cmd.StdoutPipe()
+		if err = errors.Join(err, errOut, cmd.Start()); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { in.Close(); cmd.Wait() })
+		if _, err := in.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := out.Read(make([]byte, 1)); err != nil { // it runs
+			t.Fatal(err)
+		}
+		return fmt.Sprint(mountNS(t, cmd.Process.Pid))
+	}
+	of, other := holder(file), holder("")
+	a.caughtUp()
+	check := func(when string, want int) {
+		t.Helper()
+		for ns, want := range map[string]int{of: want, "native": want, other: 0} {
+			if _, violations := names(a.list(ns)); violations[file] != want {
+				t.Errorf("%s: %d violations in %s's list (the container's: %s), want %d", when, violations[file], ns, of, want)
+			}
+		}
+	}
+	check("before", 0)
+	if err := openForWriting(file, os.O_APPEND, "1"); err != nil {
+		t.Fatal(err)
+	}
+	check("while it runs", 1)
+
+	again := holder(file)
+	a.caughtUp()
+	a.signal(syscall.SIGKILL)
+	if err := openForWriting(file, os.O_APPEND, "2"); err != nil {
+		t.Fatal(err)
+	}
+	a.start()
+	for ns, want := range map[string]int{again: 1, "native": 2, other: 0} {
+		if _, violations := names(a.list(ns)); violations[file] != want {
+			t.Errorf("while the agent was away: %d violations in %s's list, want %d", violations[file], ns, want)
+		}
+	}
+
+	last := holder(file)
+	a.caughtUp()
+	a.signal(syscall.SIGKILL)
+	run(t, program, append([]string{"unload"}, a.folders()...)...)
+	a.start()
+	if err := openForWriting(file, os.O_APPEND, "3"); err != nil {
+		t.Fatal(err)
+	}
+	for ns, want := range map[string]int{last: 1, "native": 3, other: 0} {
+		if _, violations := names(a.list(ns)); violations[file] != want {
+			t.Errorf("after the kernel side began anew: %d violations in %s's list, want %d", violations[file], ns, want)
+		}
+	}
+	a.verifyNow("native")
+}
