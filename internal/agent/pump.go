@@ -48,6 +48,9 @@ func (p *pump) catchUp(ctx context.Context) error {
 	if err := p.drain(ctx); err != nil {
 		return err
 	}
+	if err := p.tree.CaughtUp(); err != nil {
+		return err
+	}
 	return p.tree.Reconcile()
 }
 

@@ -58,6 +58,15 @@ type Status struct {
 	Hashed     uint64            `json:"hashed"`     // files read by the agent
 	Lost       map[string]uint64 `json:"lost"`       // events lost before they reached the agent, since the programs were loaded
 	Violations map[string]uint64 `json:"violations"` // events that the agent could not measure, by reason
+	Latency    Latency           `json:"latency"`    // from a kernel hook to the native list's extended register
+}
+
+// Latency is how long it took, since the agent's start.
+type Latency struct {
+	Count uint64 `json:"count"` // entries that were timed
+	P50   int64  `json:"p50_us"`
+	P99   int64  `json:"p99_us"`
+	Max   int64  `json:"max_us"`
 }
 
 // PCRs is one register in each bank.
@@ -125,7 +134,11 @@ func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 		s.fail(w, http.StatusServiceUnavailable, err)
 		return
 	}
-	s.reply(w, Status(counters))
+	l := counters.Latency
+	s.reply(w, Status{
+		Namespaces: counters.Namespaces, Events: counters.Events, Entries: counters.Entries, Hashed: counters.Hashed, Lost: counters.Lost,
+		Violations: counters.Violations, Latency: Latency{l.Count, l.P50.Microseconds(), l.P99.Microseconds(), l.Max.Microseconds()},
+	})
 }
 
 func (s *Server) namespaces(w http.ResponseWriter, r *http.Request) {

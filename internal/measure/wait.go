@@ -158,6 +158,13 @@ func (r Receipt) Extended(ctx context.Context) error {
 	return r.Logged(ctx) // at once, if it is extended
 }
 
+// Accepted returns how many entries were handed in so far, which is the number of the next one.
+func (l *List) Accepted() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.accepted.n
+}
+
 // all is the Receipt of the last entry that was handed in.
 func (l *List) all() Receipt {
 	l.mu.Lock()

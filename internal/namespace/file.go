@@ -251,7 +251,21 @@ func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
 		}
 		l.entries[key] = e
 	}
-	l.pending.entries = append(l.pending.entries, pendingEntry{n, n.list.Append(e)})
+	if key.loss != 0 {
+		receipt, appended, err := n.tell(l.ev.Sequence, e)
+		if err != nil {
+			return n.giveUp(l.ctx, err)
+		}
+		if appended {
+			l.pending.entries = append(l.pending.entries, pendingEntry{n, receipt})
+		}
+		return nil
+	}
+	receipt := n.list.Append(e)
+	l.pending.entries = append(l.pending.entries, pendingEntry{n, receipt})
+	if n == l.tree.native && l.tree.config.NativeTPM != nil {
+		l.tree.latencies.add(receipt, l.ev.Boottime)
+	}
 	return nil
 }
 

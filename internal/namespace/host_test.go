@@ -62,6 +62,7 @@ func newHost(t *testing.T, swtpm string) *host {
 func (h *host) begin(swtpm string) {
 	h.t.Helper()
 	h.tree = New(Config{Dir: h.dir, RunDir: filepath.Join(h.dir, "run"), Swtpm: swtpm, Log: zap.NewNop()})
+	h.tree.again = true
 	native := &State{
 		tree: h.tree, ns: event.MountNS{Inum: 1, ID: 1}, dir: filepath.Join(h.dir, "native"), pcr: 11, active: true,
 		policy: &policy.Policy{}, template: imalog.NG, algo: ima.SHA256, gone: make(chan struct{}),

@@ -149,6 +149,7 @@ type Counters struct {
 	Hashed     uint64            // files read by the agent
 	Lost       map[string]uint64 // by the kernel side, by reason, since the programs were loaded
 	Violations map[string]uint64 // events that could not be measured, by reason
+	Latency    Latency           // of the native list
 }
 
 // Counters returns the counters.
@@ -161,7 +162,7 @@ func (t *Tree) Counters() (Counters, error) {
 	defer t.mu.Unlock()
 	c := Counters{
 		Namespaces: len(t.states), Events: t.events, Entries: t.store.Len(), Hashed: t.cache.Hashed(),
-		Lost: make(map[string]uint64), Violations: make(map[string]uint64),
+		Lost: make(map[string]uint64), Violations: make(map[string]uint64), Latency: t.latencies.get(),
 	}
 	for key, n := range lost {
 		c.Lost[key.Reason.String()] += n

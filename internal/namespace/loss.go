@@ -144,13 +144,18 @@ func (s *State) recordLoss(ctx context.Context, name string, reason event.Loss) 
 
 // appendViolation appends a violation to the namespace's own list.
 func (s *State) appendViolation(name string, reason event.Loss) error {
-	e, err := imalog.NewViolation(s.pcr, s.template, imalog.FieldValues{Digest: ima.ZeroDigest(s.algo), Name: name})
+	e, err := s.newViolation(name)
 	if err != nil {
 		return err
 	}
 	s.list.Append(e)
 	s.tree.countLoss(reason)
 	return nil
+}
+
+// newViolation makes a violation of the namespace's own list that tells of nothing but a name.
+func (s *State) newViolation(name string) (*imalog.Entry, error) {
+	return imalog.NewViolation(s.pcr, s.template, imalog.FieldValues{Digest: ima.ZeroDigest(s.algo), Name: name})
 }
 
 func (t *Tree) countLoss(reason event.Loss) {

@@ -59,6 +59,7 @@ type State struct {
 	root     *digest.Root
 	writers  map[event.Content]bool // contents whose open writers are on record
 	held     *held                  // inodes that the list tells of; nil until it is open
+	told     *told                  // records that the list told violations of; likewise
 
 	gone chan struct{} // closed when the namespace has ended
 }
@@ -270,6 +271,12 @@ func (s *State) giveUp(ctx context.Context, cause error) error {
 func (s *State) openList(ctx context.Context, m measure.Config) error {
 	if err := s.openHeld(); err != nil {
 		return err
+	}
+	if s.told == nil {
+		var err error
+		if s.told, err = openTold(s.dir, s.tree.again); err != nil {
+			return err
+		}
 	}
 	c := s.tree.config
 	m.Dir, m.PCR, m.Template, m.Algo, m.Store, m.Log = s.dir, s.pcr, s.template, s.algo, s.tree.store, c.Log

@@ -50,13 +50,18 @@ func (s *State) written(ctx context.Context, w *event.Write) error {
 	}
 	s.tree.log.Warn("violation", zap.Stringer("reason", event.LossTomtou), zap.String("file", name), zap.Stringer("ns", s.ns),
 		zap.Stringer("writer's ns", w.NS), zap.Uint32("pid", w.Process.TGID), zap.Uint32("uid", w.Subject.UID))
-	if err := s.appendViolation(name, event.LossTomtou); err != nil {
+	e, err := s.newViolation(name)
+	if err != nil {
 		return err
 	}
+	if _, _, err := s.tell(w.Sequence, e); err != nil {
+		return err
+	}
+	s.tree.countLoss(event.LossTomtou)
 	if err := s.list.Barrier(ctx); err != nil {
 		return err
 	}
-	// Commit point: a crash before it tells the same a second time.
+	// Commit point: before it a crash makes the next agent find the violation told.
 	return s.held.drop(w.Inode)
 }
 

@@ -65,6 +65,7 @@ type Tree struct {
 	store  *measure.Store
 	cache  *digest.Cache
 	inodes *inodes
+	again  bool      // the kernel side is an earlier agent's: its records may come again
 	bootAt time.Time // the wall clock's reading at boot, by today's clock
 
 	mu         sync.Mutex // guards what follows, and each State's fields that say so
@@ -76,6 +77,8 @@ type Tree struct {
 	events     uint64
 	banks      []ima.HashAlgo          // of vTPMs; nil: none was started yet
 	unanchored map[event.MountNS]error // vTPMs that did not come, of which the lists do not tell yet
+
+	latencies *latencies // of the native list
 
 	starts chan struct{} // holds one for each vTPM being started
 
@@ -98,13 +101,14 @@ func New(c Config) *Tree {
 		config: c, log: c.Log, store: measure.NewStore(), cache: digest.NewCache(cacheSize), inodes: newInodes(),
 		bootAt: time.Now().Add(-boot), states: make(map[uint64]*State), generation: uint64(boot),
 		recorded: make(map[loader.LossKey]uint64), losses: make(map[event.Loss]uint64), unanchored: make(map[event.MountNS]error),
-		starts: make(chan struct{}, startsAtOnce), ending: ending, stopEnding: stop,
+		starts: make(chan struct{}, startsAtOnce), ending: ending, stopEnding: stop, latencies: newLatencies(),
 	}
 }
 
 // Start fills the tree: the native namespace, which is that of process 1; those whose state an earlier agent of this boot left;
 // those that the kernel side knows. Parents are the kernel side's, else what process ancestry tells, else the native one.
 func (t *Tree) Start(ctx context.Context) error {
+	t.again = t.config.Kernel.Origin() == loader.Adopted
 	tasks, err := t.config.Kernel.Tasks()
 	if err != nil {
 		return err
@@ -156,6 +160,7 @@ func (t *Tree) Start(ctx context.Context) error {
 			}
 		}
 	}
+	go t.latencies.run(t.ending) // ends with Close
 	return t.publish(t.native)
 }
 
@@ -175,7 +180,7 @@ func (t *Tree) startNative(ctx context.Context, ns event.MountNS) error {
 	t.mu.Lock()
 	t.native, t.states[ns.ID] = s, s
 	t.mu.Unlock()
-	if t.config.Kernel.Origin() != loader.Adopted {
+	if !t.again {
 		return nil // the counters began anew
 	}
 	return t.readRecordedLosses(s.list)

@@ -1,0 +1,120 @@
+package namespace
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"os"
+	"path/filepath"
+
+	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/measure"
+)
+
+// told is which records a list told violations of. An entry that comes a second time, as the agent died before it gave the record back, is
+// known to the list; a violation may well come twice, so what tells them apart is kept here, in a file beside the log. It is of use to the
+// next agent of the same kernel side until that has caught up, and needs no sync.
+//
+// The goroutine that handles records uses it.
+type told struct {
+	path   string
+	before map[toldKey]uint32 // by an earlier agent: the number of the entry
+	size   int64
+}
+
+// toldKey is one violation of a record.
+type toldKey struct {
+	sequence uint64
+	sum      uint32 // CRC-32 of the entry's data
+}
+
+const (
+	// toldName is the file's name in a namespace's folder.
+	toldName = "told_violations"
+	// toldSize is that of a record of the file: three numbers, little endian.
+	toldSize = 16
+)
+
+// tell appends a record's violation, unless an earlier agent did; appended: the receipt is of it.
+func (s *State) tell(sequence uint64, e *imalog.Entry) (receipt measure.Receipt, appended bool, err error) {
+	key := toldKey{sequence, crc32.ChecksumIEEE(e.Data())}
+	if s.told.already(s.list, key) {
+		return receipt, false, nil
+	}
+	// Before the entry can be in the log: an agent that dies in between leaves a number that the list does not come to, or another's.
+	if err := s.told.note(key, s.list.Accepted()); err != nil {
+		return receipt, false, err
+	}
+	return s.list.Append(e), true, nil
+}
+
+// openTold reads what an earlier agent wrote; again: its records may come again.
+func openTold(dir string, again bool) (*told, error) {
+	t := &told{path: filepath.Join(dir, toldName), before: make(map[toldKey]uint32)}
+	if !again {
+		return t, t.forget()
+	}
+	b, err := os.ReadFile(t.path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("read what violations a list told: %w", err)
+	}
+	le := binary.LittleEndian
+	for ; len(b) >= toldSize; b = b[toldSize:] {
+		t.before[toldKey{le.Uint64(b), le.Uint32(b[8:])}] = le.Uint32(b[12:])
+		t.size += toldSize
+	}
+	return t, nil
+}
+
+// already reports whether an earlier agent's violation of the record is in the list.
+func (t *told) already(list *measure.List, key toldKey) bool {
+	number, ok := t.before[key]
+	if !ok {
+		return false
+	}
+	r, left, err := list.Reader(int(number))
+	if err != nil || left == 0 {
+		return false // it came to nothing
+	}
+	e, err := r.Next()
+	return err == nil && e.Violation() && crc32.ChecksumIEEE(e.Data()) == key.sum
+}
+
+// note writes down a violation that is about to become the list's entry of that number.
+func (t *told) note(key toldKey, number int) (err error) {
+	f, err := os.OpenFile(t.path, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("note a violation: %w", err)
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	le := binary.LittleEndian
+	b := le.AppendUint32(le.AppendUint64(nil, key.sequence), key.sum)
+	if _, err := f.WriteAt(le.AppendUint32(b, uint32(number)), t.size); err != nil {
+		return fmt.Errorf("note a violation: %w", err)
+	}
+	t.size += toldSize
+	return nil
+}
+
+// forget drops what was noted: no record will come again.
+func (t *told) forget() error {
+	t.before, t.size = nil, 0
+	if err := os.Remove(t.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("forget noted violations: %w", err)
+	}
+	return nil
+}
+
+// CaughtUp says that all records of an earlier agent are handled and given back.
+func (t *Tree) CaughtUp() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var errs []error
+	for _, s := range t.states {
+		if s.told != nil {
+			errs = append(errs, s.told.forget())
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,54 @@
+package namespace
+
+import "testing"
+
+// What an agent told of a record before it died, the next one does not tell again; what it did not get to, it tells.
+func TestTold(t *testing.T) {
+	h := newHost(t, "")
+	h.measure("/first")
+	tell := func(sequence uint64, name string, want bool) {
+		t.Helper()
+		e, err := h.s.newViolation(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		receipt, appended, err := h.s.tell(sequence, e)
+		if err != nil || appended != want {
+			t.Fatalf("record %d, %s: appended %t, %v; want %t", sequence, name, appended, err, want)
+		}
+		if appended {
+			if err := receipt.Logged(soon(t)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	tell(5, "/a", true)
+	tell(5, "/b", true)
+	tell(6, "/a", true)
+	// The agent dies after the note of one more, and before its entry.
+	e, err := h.s.newViolation("/never")
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := toldKey{7, 1}
+	if err := h.s.told.note(key, h.s.list.Accepted()); err != nil {
+		t.Fatal(err)
+	}
+	h.restart("")
+	tell(5, "/a", false)
+	tell(5, "/b", false)
+	tell(6, "/a", false)
+	if _, appended, err := h.s.tell(7, e); err != nil || !appended {
+		t.Errorf("what was noted and not logged: appended %t, %v", appended, err)
+	}
+	tell(8, "/a", true)
+	if err := h.tree.CaughtUp(); err != nil {
+		t.Fatal(err)
+	}
+	tell(5, "/a", true) // another kernel side's numbers
+	h.restart("")
+	tell(5, "/a", false)
+	if n := h.s.list.Status().Violations; n != 6 {
+		t.Errorf("%d violations, want 6", n)
+	}
+}

@@ -1,0 +1,141 @@
+//go:build vm
+
+package guest
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// grownMax is how much the agent's own memory may grow under load, in KiB.
+const grownMax = 48 << 10
+
+// loadedAgent is an agent under a load that it can't keep up with. It goes on without a restart afterwards.
+func loadedAgent(t *testing.T, under func(a *agent), args ...string) {
+	t.Helper()
+	a := startAgent(t, args...)
+	a.caughtUp()
+	before := a.memory()
+	under(a)
+	a.caughtUp()
+	if grown := a.memory() - before; grown > grownMax {
+		t.Errorf("the agent's memory has grown by %d KiB", grown)
+	}
+	after := tempDir(t, "/root") + "/after"
+	makeProgram(t, after)
+	runProgram(t, after)
+	if measured, _ := names(a.list("native")); measured[after] != 1 {
+		t.Errorf("what ran afterwards has %d entries", measured[after])
+	}
+	if n := count(second(names(a.list("native"))), "imans-lost/"); n != 0 {
+		t.Errorf("%d losses", n)
+	}
+	a.verifyNow("native")
+}
+
+// catchesUp waits until the lists have all that ran before, however far they are behind.
+func (a *agent) catchesUp() {
+	a.t.Helper()
+	for deadline := time.Now().Add(5 * time.Minute); ; time.Sleep(200 * time.Millisecond) {
+		_, err := a.client().Status(a.t.Context())
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			a.t.Fatal(err)
+		}
+	}
+}
+
+func second[A, B any](_ A, b B) B { return b }
+
+// eachOnce checks that each program is in the native list once, or that a violation names it where some may be missing.
+func (a *agent) eachOnce(digests map[string]string, all bool) {
+	a.t.Helper()
+	a.catchesUp()
+	right, violations := a.found(digests)
+	a.t.Logf("%d programs ran, %d entries, %d violations", len(digests), len(right), len(violations))
+	for path := range digests {
+		if right[path] != 1 && (all || violations[path] == 0) {
+			a.t.Errorf("%s: %d entries, %d violations", path, right[path], violations[path])
+		}
+	}
+}
+
+// An agent that is stopped under load finds everything in the ring buffer when it goes on.
+func TestNeverSilentStopped(t *testing.T) {
+	sample(t, "6.1")
+	loadedAgent(t, func(a *agent) {
+		a.cmd.Process.Signal(syscall.SIGSTOP)
+		began := time.Now()
+		l := startLoad(t, tempDir(t, "/root"), sized(500, 3000, 20000), 3)
+		digests := l.wait()
+		if rest := time.Duration(sized(5, 60, 60))*time.Second - time.Since(began); rest > 0 {
+			time.Sleep(rest)
+		}
+		a.cmd.Process.Signal(syscall.SIGCONT)
+		a.eachOnce(digests, true)
+	})
+}
+
+// Files that take long to hash hold up those behind them, and lose none.
+func TestNeverSilentSlowHashing(t *testing.T) {
+	sample(t, "6.12")
+	loadedAgent(t, func(a *agent) {
+		dir := tempDir(t, "/root")
+		large := map[string]string{}
+		for i := range sized(2, 4, 20) {
+			path := fmt.Sprintf("%s/large%d", dir, i)
+			makeProgram(t, path)
+			if err := os.Truncate(path, 24<<20); err != nil {
+				t.Fatal(err)
+			}
+			content, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			large[path] = fmt.Sprintf("sha256:%x", sha256.Sum256(content))
+		}
+		a.catchesUp()
+		l := startLoad(t, tempDir(t, "/root"), sized(100, 500, 5000), 2)
+		for path := range large {
+			runProgram(t, path)
+		}
+		a.eachOnce(l.wait(), false)
+		a.eachOnce(large, true)
+	}, "--digest", "agent")
+}
+
+// A TPM that takes its time holds up no entry: the list has all, and the register when the TPM goes on.
+func TestNeverSilentSlowTPM(t *testing.T) {
+	sample(t, "6.12")
+	loadedAgent(t, func(a *agent) {
+		b := startUnshared(t, 1, a.windowDir())
+		b.sh("true")
+		a.settled(b.ns())
+		pid := a.swtpmOf(fmt.Sprintf("%s/run/tpm/%s-", a.dir, b.ns()))
+		sh(t, "kill -STOP "+pid)
+		n := sized(50, 300, 3000)
+		b.sh(fmt.Sprintf("i=0; while [ $i -lt %d ]; do printf '#!/bin/sh\n# %%d\n' $i >/tmp/s$i; chmod 755 /tmp/s$i; /tmp/s$i; rm /tmp/s$i; i=$((i + 1)); done", n))
+		measured, violations := names(a.list(b.ns()))
+		for i := range n {
+			if measured[fmt.Sprintf("/tmp/s%d", i)] != 1 {
+				t.Errorf("/tmp/s%d has %d entries; violations %v", i, measured[fmt.Sprintf("/tmp/s%d", i)], violations)
+				break
+			}
+		}
+		if s, err := a.client().Namespace(t.Context(), b.ns()); err != nil || s.Extended >= s.Entries {
+			t.Errorf("while the TPM is stopped %d of %d entries are extended, %v", s.Extended, s.Entries, err)
+		}
+		sh(t, "kill -CONT "+pid)
+		a.verifyNow(b.ns())
+		if strings.Contains(a.cli("measurements", b.ns()), "imans-lost/") {
+			t.Error("the list tells of losses")
+		}
+	}, "--namespaces", "all")
+}
