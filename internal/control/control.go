@@ -59,7 +59,7 @@ type Server struct {
 	running    Running
 	log        *zap.Logger
 	path       string
-	listener   net.Listener
+	listener   *net.UnixListener
 	http       *http.Server
 
 	windows sync.Mutex // one change of windows at a time
@@ -79,8 +79,11 @@ type Config struct {
 	Log        *zap.Logger
 }
 
-// Listen makes the socket, mode 0600 in a folder of mode 0700.
-func Listen(path string, c Config) (*Server, error) {
+// lookEvery is how often Run looks whether the socket is still there.
+const lookEvery = time.Second
+
+// listen makes the socket, mode 0600 in a folder of mode 0700.
+func listen(path string) (*net.UnixListener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, fmt.Errorf("listen: %w; choose another folder with --run-dir", err)
 	}
@@ -88,12 +91,21 @@ func Listen(path string, c Config) (*Server, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
-	listener, err := net.Listen("unix", path)
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
+	}
+	return listener, nil
+}
+
+// Listen makes the socket.
+func Listen(path string, c Config) (*Server, error) {
+	listener, err := listen(path)
+	if err != nil {
+		return nil, err
 	}
 	s := &Server{
 		tree: c.Tree, do: c.Do, parse: c.ParseRules, windowDir: c.WindowDir, containers: c.Containers, running: c.Running, log: c.Log, path: path, listener: listener,
@@ -145,15 +157,23 @@ func (s *Server) openAPI(w http.ResponseWriter, _ *http.Request) {
 // Path returns the socket's path.
 func (s *Server) Path() string { return s.path }
 
-// Run serves until ctx ends.
+// Run serves until ctx ends. If somebody takes the socket away, as one that cleans /run does, it makes another.
 func (s *Server) Run(ctx context.Context) error {
 	s.http.BaseContext = func(net.Listener) context.Context { return ctx }
 	failed := make(chan error, 1)
 	go func() { failed <- s.http.Serve(s.listener) }()
-	select {
-	case err := <-failed:
-		return fmt.Errorf("serve %s: %w", s.path, err)
-	case <-ctx.Done():
+	ticker := time.NewTicker(lookEvery)
+	defer ticker.Stop()
+	for ctx.Err() == nil {
+		select {
+		case err := <-failed:
+			return fmt.Errorf("serve %s: %w", s.path, err)
+		case <-ctx.Done():
+		case <-ticker.C:
+			if _, err := os.Lstat(s.path); errors.Is(err, os.ErrNotExist) {
+				s.renew(failed)
+			}
+		}
 	}
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
@@ -161,6 +181,21 @@ func (s *Server) Run(ctx context.Context) error {
 	s.http.Close()
 	<-failed
 	return nil
+}
+
+// renew makes the socket anew and serves it. Who is connected stays so.
+func (s *Server) renew(failed chan error) {
+	listener, err := listen(s.path)
+	if err != nil {
+		s.log.Warn("the control socket is gone, and can't be made again", zap.Error(err))
+		return
+	}
+	s.log.Warn("the control socket was gone; made again", zap.String("socket", s.path))
+	s.listener.SetUnlinkOnClose(false) // it would be the new one
+	s.listener.Close()
+	<-failed
+	s.listener = listener
+	go func() { failed <- s.http.Serve(listener) }()
 }
 
 // asOfNow refuses who may not ask, then waits until what is recorded is in the lists.

@@ -139,3 +139,30 @@ func TestNeverSilentSlowTPM(t *testing.T) {
 		}
 	}, "--namespaces", "all")
 }
+
+// The agent is killed again and again while programs run whose files are gone before it hashes them: no entry and no violation is told
+// twice. A program is two events, for its exec and for its mapping.
+func TestNeverSilentKilled(t *testing.T) {
+	sample(t, "6.18")
+	a := startAgent(t, "--digest", "agent")
+	l := startLoad(t, tempDir(t, "/root"), 1<<30, 1)
+	for range sized(4, 10, 100) {
+		time.Sleep(300 * time.Millisecond)
+		a.signal(syscall.SIGKILL)
+		time.Sleep(100 * time.Millisecond)
+		a.start()
+	}
+	digests := l.stop()
+	a.catchesUp()
+	right, violations := a.found(digests)
+	t.Logf("%d programs ran, %d entries, %d with violations", len(digests), len(right), len(violations))
+	for path := range digests {
+		if right[path] > 1 || violations[path] > 2 || right[path] == 0 && violations[path] == 0 {
+			t.Errorf("%s: %d entries, %d violations", path, right[path], violations[path])
+		}
+	}
+	if len(violations) == 0 {
+		t.Error("nothing was gone before it was hashed")
+	}
+	a.verifyNow("native")
+}
