@@ -78,7 +78,7 @@ func TestNeverSilentContent(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			a := startAgent(t, "--digest", mode)
 			for _, place := range contentPlaces(t) {
-				if short() && mode == "agent" && place.fs != "ext4" && place.fs != "overlayfs" {
+				if short() && place.fs != "ext4" && (mode == "agent" || place.fs != "overlayfs" && place.fs != "FUSE") {
 					continue
 				}
 				t.Run(place.fs, func(t *testing.T) {
@@ -213,13 +213,12 @@ func runOddCode(t *testing.T, dir string) []oddRun {
 	for _, way := range []string{"chroot %[1]s/root /p", "unshare -m sh -c 'cd %[1]s/root && mount --bind . . && cd . && cd %[1]s/root && pivot_root . old && exec /p'"} {
 		root := dir + "/root"
 		sh(t, fmt.Sprintf("rm -rf %[1]s; mkdir -p %[1]s/old", root))
-		_, sum := file("root/p")
-		if err := os.WriteFile(root+"/p", append(tinyProgram(root+"/p"), way...), 0o755); err != nil {
+		content := tinyProgram(way)
+		if err := os.WriteFile(root+"/p", content, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		sum = fmt.Sprintf("sha256:%x", sha256.Sum256(append(tinyProgram(root+"/p"), way...)))
 		sh(t, fmt.Sprintf(way, dir))
-		did(way[:7], sum)
+		did(way[:7], fmt.Sprintf("sha256:%x", sha256.Sum256(content)))
 	}
 	return runs
 }

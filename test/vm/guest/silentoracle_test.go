@@ -9,6 +9,7 @@ import (
 
 // Beside the kernel's own IMA: ours has each violation that it has.
 func TestNeverSilentZWriters(t *testing.T) {
+	sample(t, "6.12")
 	a := startAgent(t)
 	loadKernelPolicy(t)
 	a.caughtUp()
@@ -32,6 +33,7 @@ func TestNeverSilentZWriters(t *testing.T) {
 
 // Whatever odd way the kernel's IMA has an entry for, ours has one with the same digest.
 func TestNeverSilentZOddCode(t *testing.T) {
+	sample(t, "6.1")
 	a := startAgent(t)
 	loadKernelPolicy(t)
 	a.caughtUp()
