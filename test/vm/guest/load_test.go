@@ -158,17 +158,23 @@ func count(violations map[string]int, prefix string) int {
 	return n
 }
 
-// The agent is killed again and again while programs run: each is in the list once, and the PCR replays.
-func TestMainJobKilledUnderLoad(t *testing.T) {
-	a := startAgent(t)
-	l := startLoad(t, tempDir(t, "/root"), 1<<30, 1)
-	for range sized(5, 10, 100) {
+// killedUnderLoad kills the agent again and again while programs run, and returns the digests of those.
+func (a *agent) killedUnderLoad(kills int) map[string]string {
+	a.t.Helper()
+	l := startLoad(a.t, tempDir(a.t, "/root"), 1<<30, 1)
+	for range kills {
 		time.Sleep(300 * time.Millisecond)
 		a.signal(syscall.SIGKILL)
 		time.Sleep(100 * time.Millisecond)
 		a.start()
 	}
-	digests := l.stop()
+	return l.stop()
+}
+
+// The agent is killed again and again while programs run: each is in the list once, and the PCR replays.
+func TestMainJobKilledUnderLoad(t *testing.T) {
+	a := startAgent(t)
+	digests := a.killedUnderLoad(sized(5, 10, 100))
 	right, violations := a.found(digests)
 	t.Logf("%d programs ran, %d entries, %d violations", len(digests), len(right), len(violations))
 	for path := range digests {

@@ -145,14 +145,7 @@ func TestNeverSilentSlowTPM(t *testing.T) {
 func TestNeverSilentKilled(t *testing.T) {
 	sample(t, "6.18")
 	a := startAgent(t, "--digest", "agent")
-	l := startLoad(t, tempDir(t, "/root"), 1<<30, 1)
-	for range sized(4, 10, 100) {
-		time.Sleep(300 * time.Millisecond)
-		a.signal(syscall.SIGKILL)
-		time.Sleep(100 * time.Millisecond)
-		a.start()
-	}
-	digests := l.stop()
+	digests := a.killedUnderLoad(sized(3, 10, 100))
 	a.catchesUp()
 	right, violations := a.found(digests)
 	t.Logf("%d programs ran, %d entries, %d with violations", len(digests), len(right), len(violations))
