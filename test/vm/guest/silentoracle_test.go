@@ -21,6 +21,7 @@ func TestNeverSilentZWriters(t *testing.T) {
 				c.do(t, dir+"/file")
 				_, ours := names(a.list("native"))
 				_, theirs := names(kernelList(t)[had:])
+				t.Logf("%s: violations of the kernel's IMA %d, ours %d", place, theirs[dir+"/file"]+theirs[dir+"/file.link"], ours[dir+"/file"])
 				for name := range theirs { // the writer's for it; ours is the list's
 					if ours[strings.TrimSuffix(name, ".link")] == 0 {
 						t.Errorf("%s: the kernel's list has a violation of %s, ours has none", place, name)
