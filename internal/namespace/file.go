@@ -133,9 +133,14 @@ func (l *look) findName() string {
 		name = name[1:] // the name of its directory entry, as it has no path
 	}
 	if name == "" {
-		name = fmt.Sprintf("inode-%d-on-%d:%d", l.ev.Content.Ino, l.ev.Content.Dev>>20, l.ev.Content.Dev&0xfffff)
+		name = inodeName(l.ev.Inodes()[0])
 	}
 	return name
+}
+
+// inodeName stands for a file without a name.
+func inodeName(i event.Inode) string {
+	return fmt.Sprintf("inode-%d-on-%d:%d", i.Ino, i.Dev>>20, i.Dev&0xfffff)
 }
 
 // functions returns what the event is to rules, in the kernel's order.
@@ -187,12 +192,7 @@ func (l *look) measure(n, s *State) error {
 		if d.Actions&ima.Measure == 0 {
 			continue
 		}
-		if err := l.hold(n); err != nil {
-			if err := n.giveUp(l.ctx, err); err != nil {
-				return err
-			}
-			continue
-		}
+		l.hold(n)
 		key := entryKey{pcr: n.pcr, template: template, algo: sum.Algo()}
 		if d.PCR >= 0 {
 			key.pcr = d.PCR
@@ -252,11 +252,7 @@ func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
 		l.entries[key] = e
 	}
 	if key.loss != 0 {
-		receipt, appended, err := n.tell(l.ev.Sequence, e)
-		if err != nil {
-			return n.giveUp(l.ctx, err)
-		}
-		if appended {
+		if receipt, appended := n.tell(l.ev.Sequence, e); appended {
 			l.pending.entries = append(l.pending.entries, pendingEntry{n, receipt})
 		}
 		return nil

@@ -21,6 +21,8 @@ type held struct {
 	path string
 	at   map[event.Inode]heldRecord
 	size int64
+	// unsaved are names for which there was no room on the disk.
+	unsaved map[event.Inode]string
 }
 
 // heldRecord is where an inode's name is in the file, and what tells it from another.
@@ -41,7 +43,7 @@ const (
 
 // openHeld reads what an earlier agent wrote, if there was one. What is not whole at the end was not written.
 func openHeld(dir string) (*held, error) {
-	h := &held{path: filepath.Join(dir, heldName), at: make(map[event.Inode]heldRecord)}
+	h := &held{path: filepath.Join(dir, heldName), at: make(map[event.Inode]heldRecord), unsaved: make(map[event.Inode]string)}
 	b, err := os.ReadFile(h.path)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("read which inodes a list tells of: %w", err)
@@ -75,27 +77,29 @@ func decodeHeld(b []byte) (i event.Inode, length uint32) {
 	return event.Inode{Dev: le.Uint32(b[4:]), Generation: le.Uint32(b[8:]), Ino: le.Uint64(b[12:])}, le.Uint32(b)
 }
 
-// add holds an inode by a name, the latest: numbers of inodes are given again, so it need not be the same file.
+// add holds an inode by a name, the latest: numbers of inodes are given again, so it need not be the same file. After an error it is
+// held all the same, and the next agent does not know.
 func (h *held) add(i event.Inode, name string) error {
 	name = name[:min(len(name), heldNameMax-1)]
 	r := heldRecord{h.size, crc32.ChecksumIEEE([]byte(name))}
 	if known, ok := h.at[i]; ok && known.sum == r.sum {
 		return nil
 	}
-	if err := h.append(i, uint32(len(name)), name); err != nil {
-		return err
+	err := h.append(i, uint32(len(name)), name)
+	if err != nil {
+		h.unsaved[i] = name
+	} else {
+		delete(h.unsaved, i)
 	}
 	h.at[i] = r
-	return nil
+	return err
 }
 
-// drop lets go of an inode.
+// drop lets go of an inode. After an error the next agent holds it again.
 func (h *held) drop(i event.Inode) error {
-	if err := h.append(i, heldDropped, ""); err != nil {
-		return err
-	}
 	delete(h.at, i)
-	return nil
+	delete(h.unsaved, i)
+	return h.append(i, heldDropped, "")
 }
 
 func (h *held) append(i event.Inode, length uint32, name string) (err error) {
@@ -116,11 +120,14 @@ func (h *held) append(i event.Inode, length uint32, name string) (err error) {
 	return nil
 }
 
-// name returns the name by which an inode is held; false: it is not.
+// name returns the name by which an inode is held; false: it is not, or, with an error, its name can't be read.
 func (h *held) name(i event.Inode) (string, bool, error) {
 	r, ok := h.at[i]
 	if !ok {
 		return "", false, nil
+	}
+	if name, ok := h.unsaved[i]; ok {
+		return name, true, nil
 	}
 	f, err := os.Open(h.path)
 	if err != nil {

@@ -65,6 +65,22 @@ func TestHeld(t *testing.T) {
 	if name, ok, err := open().name(c); name != "/c" || !ok || err != nil {
 		t.Errorf("after a crash: %q, %v, %v", name, ok, err)
 	}
+	// No room on the disk: it is held as long as the agent lives.
+	path := h.path
+	h.path = dir + "/missing/folder"
+	if err := h.add(event.Inode{Ino: 9}, "/kept"); err == nil {
+		t.Error("nothing was wrong")
+	}
+	if name, ok, err := h.name(event.Inode{Ino: 9}); name != "/kept" || !ok || err != nil {
+		t.Errorf("without room: %q, %v, %v", name, ok, err)
+	}
+	if err := h.drop(event.Inode{Ino: 9}); err == nil {
+		t.Error("nothing was wrong")
+	}
+	if name, ok, err := h.name(event.Inode{Ino: 9}); ok || err != nil {
+		t.Errorf("dropped, it is held as %q, %v", name, err)
+	}
+	h.path = path
 	if err := os.WriteFile(h.path, make([]byte, 3), 0o600); err != nil {
 		t.Fatal(err)
 	}

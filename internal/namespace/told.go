@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"go.uber.org/zap"
+
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/measure"
 )
@@ -37,16 +39,16 @@ const (
 )
 
 // tell appends a record's violation, unless an earlier agent did; appended: the receipt is of it.
-func (s *State) tell(sequence uint64, e *imalog.Entry) (receipt measure.Receipt, appended bool, err error) {
+func (s *State) tell(sequence uint64, e *imalog.Entry) (receipt measure.Receipt, appended bool) {
 	key := toldKey{sequence, crc32.ChecksumIEEE(e.Data())}
 	if s.told.already(s.list, key) {
-		return receipt, false, nil
+		return receipt, false
 	}
 	// Before the entry can be in the log: an agent that dies in between leaves a number that the list does not come to, or another's.
 	if err := s.told.note(key, s.list.Accepted()); err != nil {
-		return receipt, false, err
+		s.tree.log.Warn("the next agent may tell a violation again", zap.String("file", e.Name()), zap.Stringer("ns", s.ns), zap.Error(err))
 	}
-	return s.list.Append(e), true, nil
+	return s.list.Append(e), true
 }
 
 // openTold reads what an earlier agent wrote; again: its records may come again.

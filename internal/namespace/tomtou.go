@@ -11,13 +11,12 @@ import (
 )
 
 // hold notes that a level's list tells of the file, and by which name.
-func (l *look) hold(n *State) error {
+func (l *look) hold(n *State) {
 	for _, i := range l.ev.Inodes() {
 		if err := n.held.add(i, l.name); err != nil {
-			return err
+			l.tree.log.Warn("the next agent will not know of a file's writers", zap.String("file", l.name), zap.Stringer("ns", n.ns), zap.Error(err))
 		}
 	}
-	return nil
 }
 
 // Write records in each list that tells of a file that it is being opened for writing while it is in use: a violation by the name that
@@ -45,8 +44,11 @@ func (t *Tree) Write(ctx context.Context, w *event.Write) error {
 // written is Write for one list.
 func (s *State) written(ctx context.Context, w *event.Write) error {
 	name, ok, err := s.held.name(w.Inode)
-	if err != nil || !ok {
-		return err
+	if err != nil {
+		name = inodeName(w.Inode)
+		s.tree.log.Warn("a violation has no file's name", zap.String("inode", name), zap.Error(err))
+	} else if !ok {
+		return nil
 	}
 	s.tree.log.Warn("violation", zap.Stringer("reason", event.LossTomtou), zap.String("file", name), zap.Stringer("ns", s.ns),
 		zap.Stringer("writer's ns", w.NS), zap.Uint32("pid", w.Process.TGID), zap.Uint32("uid", w.Subject.UID))
@@ -54,15 +56,16 @@ func (s *State) written(ctx context.Context, w *event.Write) error {
 	if err != nil {
 		return err
 	}
-	if _, _, err := s.tell(w.Sequence, e); err != nil {
-		return err
-	}
+	s.tell(w.Sequence, e)
 	s.tree.countLoss(event.LossTomtou)
 	if err := s.list.Barrier(ctx); err != nil {
 		return err
 	}
 	// Commit point: before it a crash makes the next agent find the violation told.
-	return s.held.drop(w.Inode)
+	if err := s.held.drop(w.Inode); err != nil {
+		s.tree.log.Warn("the next agent may tell of a writer again", zap.String("file", name), zap.Error(err))
+	}
+	return nil
 }
 
 // openHeld reads which inodes the list tells of, if need be, and has the kernel side tell of their writers: it may have begun anew.
