@@ -35,13 +35,17 @@ func (k *Kernel) Hold(i event.Inode) error {
 	return nil
 }
 
-// TrimHolds makes room if held inodes had none: those go that are held since before some time and that nobody wants any more. Their
-// records must have been handled.
-func (k *Kernel) TrimHolds(before time.Duration, wanted func(event.Inode) bool) error {
-	var full uint32
-	if err := k.maps[imansMapSettings].Lookup(uint32(settingHoldAll), &full); err != nil || full == 0 {
-		return err
+// TrimHolds makes room if held inodes had none, which it reports: those go that are held since before some time and that nobody wants any
+// more. Their records must have been handled. It looks at each held inode, so it is not to be called often when it had little success.
+func (k *Kernel) TrimHolds(before time.Duration, wanted func(event.Inode) bool) (full bool, err error) {
+	var all uint32
+	if err := k.maps[imansMapSettings].Lookup(uint32(settingHoldAll), &all); err != nil || all == 0 {
+		return false, err
 	}
+	return true, k.trimHolds(before, wanted)
+}
+
+func (k *Kernel) trimHolds(before time.Duration, wanted func(event.Inode) bool) error {
 	m := k.maps[imansMapHeldInodes]
 	var old []rawInode
 	var i rawInode

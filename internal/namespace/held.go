@@ -50,17 +50,13 @@ func openHeld(dir string) (*held, error) {
 	}
 	for int64(len(b))-h.size >= heldHeader {
 		i, n := decodeHeld(b[h.size:])
-		switch {
-		case n == heldDropped:
+		if n == heldDropped {
 			delete(h.at, i)
 			n = 0
-		case n > heldNameMax || h.size+heldHeader+int64(n) > int64(len(b)):
-			n = heldNameMax
-		default:
-			h.at[i] = heldRecord{h.size, crc32.ChecksumIEEE(b[h.size+heldHeader:][:n])}
-		}
-		if n == heldNameMax {
+		} else if n >= heldNameMax || h.size+heldHeader+int64(n) > int64(len(b)) {
 			break
+		} else {
+			h.at[i] = heldRecord{h.size, crc32.ChecksumIEEE(b[h.size+heldHeader:][:n])}
 		}
 		h.size += heldHeader + int64(n)
 	}

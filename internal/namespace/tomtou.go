@@ -86,14 +86,17 @@ func (s *State) openHeld() error {
 	return nil
 }
 
-// trimPatience is how old a hold must be that no list wants: its record has been handled.
+// trimPatience is how old a hold must be that no list wants: its record has been handled. It is also how long the next look is put off.
 const trimPatience = time.Minute
 
 // TrimHolds lets go of inodes that no list tells of, if the kernel side has no room for more. Call it when all records are handled.
 func (t *Tree) TrimHolds() error {
+	if time.Since(t.trimmed) < trimPatience {
+		return nil
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.config.Kernel.TrimHolds(sinceBoot()-trimPatience, func(i event.Inode) bool {
+	full, err := t.config.Kernel.TrimHolds(sinceBoot()-trimPatience, func(i event.Inode) bool {
 		for _, s := range t.states {
 			if s.held != nil {
 				if _, ok := s.held.at[i]; ok {
@@ -103,4 +106,8 @@ func (t *Tree) TrimHolds() error {
 		}
 		return false
 	})
+	if full {
+		t.trimmed = time.Now()
+	}
+	return err
 }

@@ -20,7 +20,7 @@ measure() { # measure CONDITION PAUSE
 	done
 	[ "$count" -ge "$programs" ]
 	for part in p50 p99 max; do
-		value=${said#*\"${part}_us\":} && echo "$1 $part ${value%%[,\}]*}"
+		value=${said#*\""$part"_us\":} && echo "$1 $part ${value%%[,\}]*}"
 	done
 	kill -TERM $agent && wait $agent
 	./imans-agent unload >/dev/null && rm -rf /var/lib/imans
