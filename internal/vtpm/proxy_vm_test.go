@@ -408,7 +408,7 @@ func TestVTPMProxyLeavesNothing(t *testing.T) {
 	if after := devices(t); after != before {
 		t.Errorf("devices %s, before %s", after, before)
 	}
-	if n := folders(t, "/proc/self/fd"); n != open {
+	if n := folders(t, "/proc/self/fd"); n > open {
 		t.Errorf("%d descriptors, before %d", n, open)
 	}
 }
