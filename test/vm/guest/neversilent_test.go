@@ -194,7 +194,7 @@ func TestNeverSilentWriters(t *testing.T) {
 
 // It is a violation in the lists that tell of the file, and in no others; whatever became of the agent in between.
 func TestNeverSilentWritersOfContainers(t *testing.T) {
-	sample(t, "6.1")
+	sample(t, "6.18")
 	a := startAgent(t, "--namespaces", "all", "--ns-tpm", "none") // a vTPM would end with the kernel side below
 	dir := tempDir(t, "/root")
 	file := dir + "/lib.so"

@@ -250,7 +250,7 @@ func mapImplied(t *testing.T, path string) {
 
 // Code that is run in an odd way is in the list all the same.
 func TestNeverSilentOddCode(t *testing.T) {
-	sample(t, "6.1")
+	sample(t, "6.18")
 	for _, mode := range []string{"kernel", "agent"} {
 		t.Run(mode, func(t *testing.T) {
 			a := startAgent(t, "--digest", mode)
@@ -314,7 +314,7 @@ var oddNames = []string{
 
 // Nothing that a name contains makes a line of the ascii list, and the binary list has each name as it is.
 func TestNeverSilentOddNames(t *testing.T) {
-	sample(t, "6.1")
+	sample(t, "6.18")
 	a := startAgent(t)
 	dir := tempDir(t, "/root")
 	paths := map[string]bool{}

@@ -34,7 +34,7 @@ func TestNeverSilentZWriters(t *testing.T) {
 
 // Whatever odd way the kernel's IMA has an entry for, ours has one with the same digest.
 func TestNeverSilentZOddCode(t *testing.T) {
-	sample(t, "6.1")
+	sample(t, "6.12")
 	a := startAgent(t)
 	loadKernelPolicy(t)
 	a.caughtUp()

@@ -20,7 +20,7 @@ func (a *agent) swtpmOf(folder string) string {
 
 // A vTPM that dies takes its registers with it: its list says so, the native list says so, and both go on.
 func TestVTPMDies(t *testing.T) {
-	sample(t, "6.1")
+	sample(t, "6.18")
 	a := startAgent(t, "--namespaces", "all")
 	useWrapper(t, a)
 	c, other := startBundle(t, "runc", tenantRoot(t), "dies", nil), startBundle(t, "runc", tenantRoot(t), "lives", nil)

@@ -169,7 +169,7 @@ func (b *box) ns() string { return fmt.Sprint(b.target().Inum) }
 
 // The ways for a namespace to come to be.
 func TestWindowComingToBe(t *testing.T) {
-	sample(t, "6.1")
+	sample(t, "6.18")
 	for _, way := range []struct{ namespaces, script string }{
 		{"newns", "newns"}, {"lazy", "lazy"}, {"all", "always"}, {"lazy", "byhand"}, {"newns", "byhand"},
 	} {

@@ -308,7 +308,7 @@ func pipe(t *testing.T, path string) *os.File {
 
 // What ended namespaces measured is in the archive, and verifies there without anything else. What can't be archived is kept.
 func TestWindowArchive(t *testing.T) {
-	sample(t, "6.1")
+	sample(t, "6.18")
 	a := newAgent(t, "--namespaces", "all")
 	archive := a.dir + "/archive"
 	a.args = append(a.args, "--archive", archive)
