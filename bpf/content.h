@@ -31,7 +31,7 @@ static __always_inline struct inode *imans_overlay_real(struct inode *inode)
 	if (bpf_core_field_exists(struct ovl_inode, oe)) {
 		struct ovl_inode *overlay = (void *)inode - bpf_core_field_offset(struct ovl_inode, vfs_inode);
 
-		dentry = BPF_CORE_READ(overlay, __upperdentry);
+		dentry = imans_overlay_upper(inode);
 		if (!dentry) {
 			struct ovl_entry *entry = BPF_CORE_READ(overlay, oe);
 			struct ovl_path *lower = (void *)entry + bpf_core_field_offset(struct ovl_entry, __lowerstack);
@@ -41,7 +41,7 @@ static __always_inline struct inode *imans_overlay_real(struct inode *inode)
 	} else if (bpf_core_field_exists(struct ovl_inode___6_1, lowerpath)) {
 		struct ovl_inode___6_1 *overlay = (void *)inode - bpf_core_field_offset(struct ovl_inode___6_1, vfs_inode);
 
-		dentry = BPF_CORE_READ(overlay, __upperdentry);
+		dentry = imans_overlay_upper(inode);
 		if (!dentry)
 			dentry = BPF_CORE_READ(overlay, lowerpath.dentry);
 	}

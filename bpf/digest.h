@@ -41,7 +41,7 @@ static __always_inline __u32 imans_take_digest(struct file *file, const struct i
 					       struct imans_digest *digest)
 {
 	bool provable = !(flags & (IMANS_WRITERS | IMANS_REAL_UNKNOWN)) && imans_keeps_time(content->fs_magic);
-	__u32 which = IMANS_DISTRUST_OVERLAY, *distrust = bpf_map_lookup_elem(&settings, &which);
+	__u32 *distrust = imans_setting(IMANS_DISTRUST_OVERLAY);
 	struct imans_version after = {};
 	struct imans_digest *recent;
 

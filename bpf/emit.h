@@ -31,6 +31,11 @@ struct {
 	__type(value, __u32);
 } settings SEC(".maps");
 
+static __always_inline __u32 *imans_setting(__u32 which)
+{
+	return bpf_map_lookup_elem(&settings, &which);
+}
+
 static __u64 imans_sequence;
 
 static __noinline int imans_lose(__u64 mntns, __u32 inum, __u32 reason)
@@ -57,7 +62,7 @@ static __noinline int imans_lose(__u64 mntns, __u32 inum, __u32 reason)
  */
 static __always_inline __u64 imans_wake_flags(void)
 {
-	__u32 which = IMANS_WAKE, *wake = bpf_map_lookup_elem(&settings, &which);
+	__u32 *wake = imans_setting(IMANS_WAKE);
 
 	if (!wake || !*wake)
 		return BPF_RB_NO_WAKEUP;

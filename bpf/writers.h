@@ -4,7 +4,7 @@
  *
  * An inode is held from the moment on when its content is sent to be measured. Opening it for writing while someone has it open
  * for reading is a record, once for each content that was sent. No hook of the LSM is called for writers alone, and one for all opens
- * costs each exec of a dynamic program half of what all other hooks do. So the place is where a mount is asked for write access,
+ * would cost each file that an exec opens some 200 instructions. So the place is where a mount is asked for write access,
  * which do_dentry_open does before security_file_open; the file is what the task's path walk has come to.
  */
 #ifndef IMANS_WRITERS_H
@@ -23,11 +23,11 @@ static __noinline int imans_hold_inode(__u64 ino, __u32 dev, __u32 generation)
 {
 	struct imans_inode key = { .ino = ino, .dev = dev, .generation = generation };
 	struct imans_hold hold = { .boottime = bpf_ktime_get_boot_ns() };
-	__u32 which = IMANS_HOLD_ALL, *all;
+	__u32 *all;
 	int err = bpf_map_update_elem(&held_inodes, &key, &hold, BPF_ANY);
 
 	if (err) {
-		all = bpf_map_lookup_elem(&settings, &which);
+		all = imans_setting(IMANS_HOLD_ALL);
 		if (all)
 			*all = 1;
 	}
@@ -78,11 +78,11 @@ static __always_inline bool imans_has_readers(struct inode *inode)
 static __always_inline bool imans_is_held(const struct imans_inode *key)
 {
 	struct imans_hold *hold = bpf_map_lookup_elem(&held_inodes, key);
-	__u32 which = IMANS_HOLD_ALL, *all;
+	__u32 *all;
 
 	if (hold)
 		return !__sync_lock_test_and_set(&hold->told, 1);
-	all = bpf_map_lookup_elem(&settings, &which);
+	all = imans_setting(IMANS_HOLD_ALL);
 	return all && *all;
 }
 

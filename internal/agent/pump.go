@@ -92,6 +92,9 @@ func (p *pump) run(ctx context.Context) error {
 			if err = p.watchKernelIMA(); err == nil && empty > sleepAfter {
 				err = p.losses(ctx)
 			}
+			if err == nil && p.kernel.Backlog() == 0 {
+				err = p.tree.TrimHolds()
+			}
 		case r := <-p.requests:
 			if err = p.drain(ctx); err != nil {
 				r.reply <- err
@@ -145,10 +148,7 @@ func (p *pump) drain(ctx context.Context) error {
 func (p *pump) losses(ctx context.Context) error {
 	lost, err := p.tree.Losses(ctx)
 	p.lost = p.lost || lost
-	if err != nil || p.kernel.Backlog() > 0 {
-		return err
-	}
-	if err := p.tree.TrimHolds(); err != nil || !p.lost {
+	if err != nil || !p.lost || p.kernel.Backlog() > 0 {
 		return err
 	}
 	p.lost = false

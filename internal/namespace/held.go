@@ -2,7 +2,6 @@ package namespace
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -13,14 +12,13 @@ import (
 )
 
 // held is which inodes a list tells of, and by which names: who opens one for writing while it is in use makes what the list tells
-// doubtful. It is kept in a file beside the log, for the next agent of the same boot; after a boot inodes begin anew, so nothing is synced.
+// doubtful. After a boot inodes begin anew.
 // Memory: about 50 bytes an inode.
 //
 // The goroutine that handles records uses it.
 type held struct {
-	path string
-	at   map[event.Inode]heldRecord
-	size int64
+	beside
+	at map[event.Inode]heldRecord
 	// unsaved are names for which there was no room on the disk.
 	unsaved map[event.Inode]string
 }
@@ -43,9 +41,11 @@ const (
 
 // openHeld reads what an earlier agent wrote, if there was one. What is not whole at the end was not written.
 func openHeld(dir string) (*held, error) {
-	h := &held{path: filepath.Join(dir, heldName), at: make(map[event.Inode]heldRecord), unsaved: make(map[event.Inode]string)}
-	b, err := os.ReadFile(h.path)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	h := &held{
+		beside: beside{path: filepath.Join(dir, heldName)}, at: make(map[event.Inode]heldRecord), unsaved: make(map[event.Inode]string),
+	}
+	b, err := h.read()
+	if err != nil {
 		return nil, fmt.Errorf("read which inodes a list tells of: %w", err)
 	}
 	for int64(len(b))-h.size >= heldHeader {
@@ -81,7 +81,7 @@ func (h *held) add(i event.Inode, name string) error {
 	if known, ok := h.at[i]; ok && known.sum == r.sum {
 		return nil
 	}
-	err := h.append(i, uint32(len(name)), name)
+	err := h.note(i, uint32(len(name)), name)
 	if err != nil {
 		h.unsaved[i] = name
 	} else {
@@ -95,24 +95,17 @@ func (h *held) add(i event.Inode, name string) error {
 func (h *held) drop(i event.Inode) error {
 	delete(h.at, i)
 	delete(h.unsaved, i)
-	return h.append(i, heldDropped, "")
+	return h.note(i, heldDropped, "")
 }
 
-func (h *held) append(i event.Inode, length uint32, name string) (err error) {
-	f, err := os.OpenFile(h.path, os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
-		return fmt.Errorf("note which inodes a list tells of: %w", err)
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
+func (h *held) note(i event.Inode, length uint32, name string) error {
 	le := binary.LittleEndian
 	b := le.AppendUint32(nil, length)
 	b = le.AppendUint32(b, i.Dev)
 	b = le.AppendUint32(b, i.Generation)
-	b = append(le.AppendUint64(b, i.Ino), name...)
-	if _, err := f.WriteAt(b, h.size); err != nil { // what an error left is overwritten by the next
+	if err := h.append(append(le.AppendUint64(b, i.Ino), name...)); err != nil {
 		return fmt.Errorf("note which inodes a list tells of: %w", err)
 	}
-	h.size += int64(len(b))
 	return nil
 }
 

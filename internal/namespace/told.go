@@ -15,14 +15,13 @@ import (
 )
 
 // told is which records a list told violations of. An entry that comes a second time, as the agent died before it gave the record back, is
-// known to the list; a violation may well come twice, so what tells them apart is kept here, in a file beside the log. It is of use to the
-// next agent of the same kernel side until that has caught up, and needs no sync.
+// known to the list; a violation may well come twice, so what tells them apart is kept here. It is of use to the next agent of the same
+// kernel side until that has caught up.
 //
 // The goroutine that handles records uses it.
 type told struct {
-	path   string
+	beside
 	before map[toldKey]uint32 // by an earlier agent: the number of the entry
-	size   int64
 }
 
 // toldKey is one violation of a record.
@@ -53,12 +52,12 @@ func (s *State) tell(sequence uint64, e *imalog.Entry) (receipt measure.Receipt,
 
 // openTold reads what an earlier agent wrote; again: its records may come again.
 func openTold(dir string, again bool) (*told, error) {
-	t := &told{path: filepath.Join(dir, toldName), before: make(map[toldKey]uint32)}
+	t := &told{beside: beside{path: filepath.Join(dir, toldName)}, before: make(map[toldKey]uint32)}
 	if !again {
 		return t, t.forget()
 	}
-	b, err := os.ReadFile(t.path)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	b, err := t.read()
+	if err != nil {
 		return nil, fmt.Errorf("read what violations a list told: %w", err)
 	}
 	le := binary.LittleEndian
@@ -84,18 +83,12 @@ func (t *told) already(list *measure.List, key toldKey) bool {
 }
 
 // note writes down a violation that is about to become the list's entry of that number.
-func (t *told) note(key toldKey, number int) (err error) {
-	f, err := os.OpenFile(t.path, os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
-		return fmt.Errorf("note a violation: %w", err)
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
+func (t *told) note(key toldKey, number int) error {
 	le := binary.LittleEndian
 	b := le.AppendUint32(le.AppendUint64(nil, key.sequence), key.sum)
-	if _, err := f.WriteAt(le.AppendUint32(b, uint32(number)), t.size); err != nil {
+	if err := t.append(le.AppendUint32(b, uint32(number))); err != nil {
 		return fmt.Errorf("note a violation: %w", err)
 	}
-	t.size += toldSize
 	return nil
 }
 
