@@ -122,7 +122,7 @@ func TestFindSuites(t *testing.T) {
 		}
 		var got []string
 		for _, s := range suites {
-			got = append(got, s.Name+" "+s.pattern)
+			got = append(got, s.Name+" "+s.pattern())
 		}
 		if !slices.Equal(got, tt.want) {
 			t.Errorf("run %q: got %q, want %q", tt.run, got, tt.want)
@@ -166,9 +166,9 @@ func TestQuote(t *testing.T) {
 }
 
 func TestWithout(t *testing.T) {
-	p := &Payload{Suites: []Suite{newSuite("a", []string{"TestA", "TestB", "TestC"}, "sub"), newSuite("b", []string{"TestA"}, "")}}
+	p := &Payload{Suites: []Suite{{"a", []string{"TestA", "TestB", "TestC"}, "sub"}, {"b", []string{"TestA"}, ""}}}
 	left := p.Without(Results{Passed: []string{"a.TestA", "b.TestA"}, Skipped: []string{"a.TestC"}, Failed: []string{"a.TestB"}})
-	if len(left.Suites) != 1 || !reflect.DeepEqual(left.Suites[0], newSuite("a", []string{"TestB"}, "sub")) {
+	if len(left.Suites) != 1 || !reflect.DeepEqual(left.Suites[0], Suite{"a", []string{"TestB"}, "sub"}) {
 		t.Errorf("left %+v", left.Suites)
 	}
 	if !strings.Contains(left.Script(time.Minute), "-test.run='^(TestB)$/sub'") || len(p.Suites) != 2 {

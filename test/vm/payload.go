@@ -53,12 +53,21 @@ type Suite struct {
 	Name string
 	// Tests are the names of its tests that were chosen.
 	Tests []string
-	// pattern is their -test.run expression.
-	pattern string
+	// sub chooses among what is below them, as the rest of a go test -run expression does; "" is all.
+	sub string
 }
 
 // slug is the suite's folder name in the payload.
 func (s Suite) slug() string { return strings.ReplaceAll(s.Name, "/", "-") }
+
+// pattern is the suite's -test.run expression.
+func (s Suite) pattern() string {
+	pattern := "^(" + strings.Join(s.Tests, "|") + ")$"
+	if s.sub != "" {
+		pattern += "/" + s.sub
+	}
+	return pattern
+}
 
 // BuildPayload compiles the programs, and the tests if asked to, of the repository into dir. All are static.
 func BuildPayload(ctx context.Context, repo, dir string, o PayloadOptions) (*Payload, error) {
@@ -115,7 +124,7 @@ func (p *Payload) Script(limit time.Duration) string {
 		fmt.Fprintf(&b, "mkdir -p %[1]s && cp -r /payload/test/%[2]s %[1]s/ && cd %[1]s/%[2]s || exit 1\n", guestTests, s.slug())
 		fmt.Fprintf(&b, "printf '%s%s%%s\\n' %s\n", `\026`, suiteMark, Quote(s.Name))
 		fmt.Fprintf(&b, "./suite.test -test.v=test2json -test.count=1 -test.timeout=%s -test.run=%s ${GOCOVERDIR:+-test.gocoverdir=$GOCOVERDIR}\n",
-			limit, Quote(s.pattern))
+			limit, Quote(s.pattern()))
 		fmt.Fprintf(&b, "code=$?; [ $code = 0 ] || status=1\nprintf '%s%s%%s\\n' $code\n", `\026`, exitMark)
 	}
 	b.WriteString("exit $status\n")
@@ -127,25 +136,15 @@ func (p *Payload) Without(done Results) *Payload {
 	left := *p
 	left.Suites = nil
 	for _, s := range p.Suites {
-		_, sub, _ := strings.Cut(s.pattern, "$/")
 		tests := slices.DeleteFunc(slices.Clone(s.Tests), func(t string) bool {
 			name := s.Name + "." + t
 			return slices.Contains(done.Passed, name) || slices.Contains(done.Skipped, name)
 		})
 		if len(tests) > 0 {
-			left.Suites = append(left.Suites, newSuite(s.Name, tests, sub))
+			left.Suites = append(left.Suites, Suite{s.Name, tests, s.sub})
 		}
 	}
 	return &left
-}
-
-// newSuite chooses tests, and of each those below it that sub, as of go test -run, matches.
-func newSuite(name string, tests []string, sub string) Suite {
-	pattern := "^(" + strings.Join(tests, "|") + ")$"
-	if sub != "" {
-		pattern += "/" + sub
-	}
-	return Suite{Name: name, Tests: tests, pattern: pattern}
 }
 
 // buildPrograms compiles the agent and each main package below the probe folder; those that are not there are passed over.
@@ -212,7 +211,7 @@ func findSuites(repo, run string) ([]Suite, error) {
 	var suites []Suite
 	for folder, tests := range found {
 		slices.Sort(tests)
-		suites = append(suites, newSuite(filepath.ToSlash(folder), tests, rest))
+		suites = append(suites, Suite{filepath.ToSlash(folder), tests, rest})
 	}
 	slices.SortFunc(suites, func(a, b Suite) int { return strings.Compare(a.Name, b.Name) })
 	return suites, nil
