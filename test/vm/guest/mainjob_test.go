@@ -191,11 +191,7 @@ func TestMainJobChangedContent(t *testing.T) {
 	for _, mode := range []string{"kernel", "agent"} {
 		t.Run(mode, func(t *testing.T) {
 			a := startAgent(t, "--digest", mode)
-			base := tempDir(t, "/root")
-			tmpfs := tempDir(t, "/tmp")
-			sh(t, fmt.Sprintf("cd %s && mkdir lower upper work merged && : >lower/empty && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay merged", base))
-			t.Cleanup(func() { exec.Command("umount", base+"/merged").Run() })
-			makeProgram(t, base+"/lower/below")
+			base, tmpfs := mountOverlay(t, func(lower string) { makeProgram(t, lower+"/below") }), tempDir(t, "/tmp")
 			for _, file := range []string{base + "/plain", tmpfs + "/plain", base + "/merged/below", base + "/merged/above"} {
 				if !strings.HasSuffix(file, "below") {
 					makeProgram(t, file)

@@ -147,11 +147,7 @@ const lowerPlace = "overlay, lower"
 func writerPlaces(t *testing.T) map[string]string {
 	t.Helper()
 	places := map[string]string{"disk": tempDir(t, "/root"), "memory": tempDir(t, "/tmp")}
-	overlay := tempDir(t, "/root")
-	sh(t, fmt.Sprintf("cd %s && mkdir lower upper work merged", overlay))
-	makeProgram(t, overlay+"/lower/file")
-	sh(t, fmt.Sprintf("cd %s && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay merged", overlay))
-	t.Cleanup(func() { exec.Command("umount", "-l", overlay+"/merged").Run() })
+	overlay := mountOverlay(t, func(lower string) { makeProgram(t, lower+"/file") })
 	places[lowerPlace] = overlay + "/merged"
 	if err := os.Mkdir(overlay+"/merged/upper", 0o755); err != nil {
 		t.Fatal(err)
@@ -218,45 +214,38 @@ func TestNeverSilentWritersOfContainers(t *testing.T) {
 	}
 	of, other := holder(file), holder("")
 	a.caughtUp()
-	check := func(when string, want int) {
+	check := func(when string, wants map[string]int) {
 		t.Helper()
-		for ns, want := range map[string]int{of: want, "native": want, other: 0} {
+		wants[other] = 0
+		for ns, want := range wants {
 			if _, violations := names(a.list(ns)); violations[file] != want {
-				t.Errorf("%s: %d violations in %s's list (the container's: %s), want %d", when, violations[file], ns, of, want)
+				t.Errorf("%s: %d violations in %s's list, want %d", when, violations[file], ns, want)
 			}
 		}
 	}
-	check("before", 0)
-	if err := openForWriting(file, os.O_APPEND, "1"); err != nil {
-		t.Fatal(err)
+	write := func(text string) {
+		t.Helper()
+		if err := openForWriting(file, os.O_APPEND, text); err != nil {
+			t.Fatal(err)
+		}
 	}
-	check("while it runs", 1)
+	check("before", map[string]int{of: 0, "native": 0})
+	write("1")
+	check("while it runs", map[string]int{of: 1, "native": 1})
 
 	again := holder(file)
 	a.caughtUp()
 	a.signal(syscall.SIGKILL)
-	if err := openForWriting(file, os.O_APPEND, "2"); err != nil {
-		t.Fatal(err)
-	}
+	write("2")
 	a.start()
-	for ns, want := range map[string]int{again: 1, "native": 2, other: 0} {
-		if _, violations := names(a.list(ns)); violations[file] != want {
-			t.Errorf("while the agent was away: %d violations in %s's list, want %d", violations[file], ns, want)
-		}
-	}
+	check("while the agent was away", map[string]int{again: 1, "native": 2})
 
 	last := holder(file)
 	a.caughtUp()
 	a.signal(syscall.SIGKILL)
 	run(t, program, append([]string{"unload"}, a.folders()...)...)
 	a.start()
-	if err := openForWriting(file, os.O_APPEND, "3"); err != nil {
-		t.Fatal(err)
-	}
-	for ns, want := range map[string]int{last: 1, "native": 3, other: 0} {
-		if _, violations := names(a.list(ns)); violations[file] != want {
-			t.Errorf("after the kernel side began anew: %d violations in %s's list, want %d", violations[file], ns, want)
-		}
-	}
+	write("3")
+	check("after the kernel side began anew", map[string]int{last: 1, "native": 3})
 	a.verifyNow("native")
 }

@@ -3,7 +3,6 @@
 package guest
 
 import (
-	"crypto/sha256"
 	"fmt"
 	"os"
 	"os/exec"
@@ -37,7 +36,7 @@ func runMemfd(t *testing.T) string {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("run a memfd: %v %s", err, out)
 	}
-	return fmt.Sprintf("sha256:%x", sha256.Sum256(content))
+	return digestOf(content)
 }
 
 // mapExecutableLater maps a file for reading and makes the mapping executable afterwards.

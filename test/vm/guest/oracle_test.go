@@ -137,13 +137,11 @@ func (a *agent) workload(t *testing.T) {
 			runProgram(t, path)
 		}
 	}
-	overlay := tempDir(t, "/root")
-	sh(t, fmt.Sprintf("cd %s && mkdir lower upper work merged", overlay))
-	for i := range 20 {
-		makeProgram(t, fmt.Sprintf("%s/lower/p%d", overlay, i))
-	}
-	sh(t, fmt.Sprintf("cd %s && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay merged", overlay))
-	t.Cleanup(func() { exec.Command("umount", overlay+"/merged").Run() })
+	overlay := mountOverlay(t, func(lower string) {
+		for i := range 20 {
+			makeProgram(t, fmt.Sprintf("%s/p%d", lower, i))
+		}
+	})
 	for i := range 20 {
 		runProgram(t, fmt.Sprintf("%s/merged/p%d", overlay, i))
 	}

@@ -89,6 +89,21 @@ func tempDir(t *testing.T, parent string) string {
 	return dir
 }
 
+// mountOverlay makes an overlay on the root disk, whose folders stand beside one another in what it returns: lower, upper, work and merged.
+// prepare puts files into the lower layer.
+func mountOverlay(t *testing.T, prepare func(lower string)) (dir string) {
+	t.Helper()
+	dir = tempDir(t, "/root")
+	sh(t, fmt.Sprintf("cd %s && mkdir lower upper work merged", dir))
+	prepare(dir + "/lower")
+	sh(t, fmt.Sprintf("cd %s && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay merged", dir))
+	t.Cleanup(func() { exec.Command("umount", "-l", dir+"/merged").Run() })
+	return dir
+}
+
+// digestOf is a content's SHA-256 as the digest of an entry.
+func digestOf(content []byte) string { return fmt.Sprintf("sha256:%x", sha256.Sum256(content)) }
+
 // container is a runc container that lives until the test ends.
 type container struct {
 	t    *testing.T

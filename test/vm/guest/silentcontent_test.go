@@ -3,7 +3,6 @@
 package guest
 
 import (
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -31,9 +30,7 @@ func contentPlaces(t *testing.T) []contentPlace {
 		t.Cleanup(func() { exec.Command("umount", "-l", dir+"/mnt").Run() })
 		places = append(places, contentPlace{fs, dir + "/mnt"})
 	}
-	overlay := tempDir(t, "/root")
-	sh(t, fmt.Sprintf("cd %s && mkdir -p lower upper work merged && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay merged", overlay))
-	t.Cleanup(func() { exec.Command("umount", "-l", overlay+"/merged").Run() })
+	overlay := mountOverlay(t, func(string) {})
 	return append(places, contentPlace{"overlayfs", overlay + "/merged"}, contentPlace{"FUSE", loopback(t)})
 }
 
@@ -125,7 +122,7 @@ func (w *contentWant) run(t *testing.T, path string) {
 		t.Fatal(err)
 	}
 	runProgram(t, path)
-	w.sums = append(w.sums, fmt.Sprintf("sha256:%x", sha256.Sum256(content)))
+	w.sums = append(w.sums, digestOf(content))
 }
 
 // check looks for what ran in a list; all: no violation will do for it.
@@ -187,16 +184,16 @@ func runOddCode(t *testing.T, dir string) []oddRun {
 		t.Fatal(err)
 	}
 	runProgram(t, dir+"/script")
-	did("a script and its interpreter", sum, fmt.Sprintf("sha256:%x", sha256.Sum256(script)))
+	did("a script and its interpreter", sum, digestOf(script))
 	other, sum := file("other-interpreter")
 	magic := []byte("IMANSodd\n")
 	if err := os.WriteFile(dir+"/misc", magic, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	sh(t, fmt.Sprintf(`m=/proc/sys/fs/binfmt_misc; [ -e $m/register ] || mount -t binfmt_misc b $m; printf ':imans:M::IMANSodd::%s:' >$m/register; %s/misc; echo -1 >$m/imans`, other, dir))
-	did("binfmt_misc", sum, fmt.Sprintf("sha256:%x", sha256.Sum256(magic)))
+	did("binfmt_misc", sum, digestOf(magic))
 	linked := dir + "/linked"
-	sh(t, fmt.Sprintf("cp /bin/true %[1]s; printf x >>%[1]s; $(ls /lib64/ld-linux-x86-64.so.2) %[1]s", linked))
+	sh(t, fmt.Sprintf("cp /bin/true %[1]s; printf x >>%[1]s; /lib64/ld-linux-x86-64.so.2 %[1]s", linked))
 	did("by ld.so", "sha256:"+sh(t, "sha256sum "+linked+" | cut -c 1-64"))
 	later, sum := file("later")
 	mapExecutableLater(t, later)
@@ -209,7 +206,7 @@ func runOddCode(t *testing.T, dir string) []oddRun {
 		t.Fatal(err)
 	}
 	runProgram(t, old)
-	did("a 32-bit program", fmt.Sprintf("sha256:%x", sha256.Sum256(tinyProgram32(old))))
+	did("a 32-bit program", digestOf(tinyProgram32(old)))
 	for _, way := range []string{"chroot %[1]s/root /p", "unshare -m sh -c 'cd %[1]s/root && mount --bind . . && cd . && cd %[1]s/root && pivot_root . old && exec /p'"} {
 		root := dir + "/root"
 		sh(t, fmt.Sprintf("rm -rf %[1]s; mkdir -p %[1]s/old", root))
@@ -218,7 +215,7 @@ func runOddCode(t *testing.T, dir string) []oddRun {
 			t.Fatal(err)
 		}
 		sh(t, fmt.Sprintf(way, dir))
-		did(way[:7], fmt.Sprintf("sha256:%x", sha256.Sum256(content)))
+		did(way[:7], digestOf(content))
 	}
 	return runs
 }
