@@ -23,7 +23,7 @@ struct {
 	__type(value, __u64);
 } losses SEC(".maps");
 
-/* Written by the agent while the programs run. */
+/* One word each, to and from the agent while the programs run. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, IMANS_SETTINGS);
@@ -42,6 +42,7 @@ static __noinline int imans_lose(__u64 mntns, __u32 inum, __u32 reason)
 {
 	struct imans_loss_key key = { .mntns = mntns, .inum = inum, .reason = reason };
 	__u64 one = 1, zero = 0, *count;
+	__u32 *losses_ever = imans_setting(IMANS_LOSSES);
 
 	bpf_map_update_elem(&losses, &key, &zero, BPF_NOEXIST);
 	count = bpf_map_lookup_elem(&losses, &key);
@@ -53,6 +54,8 @@ static __noinline int imans_lose(__u64 mntns, __u32 inum, __u32 reason)
 	}
 	if (count)
 		__sync_fetch_and_add(count, one);
+	if (losses_ever)
+		__sync_fetch_and_add(losses_ever, 1);
 	return 0;
 }
 

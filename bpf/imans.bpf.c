@@ -97,19 +97,24 @@ int BPF_PROG(imans_file_mprotect, struct vm_area_struct *vma, unsigned long reqp
 	return imans_make_executable(vma, IMANS_MPROTECT | (reqprot & PROT_EXEC ? IMANS_REQPROT : 0));
 }
 
-/* internal/loader attaches it to the function of that kernel. What is asked for without a path walk is no open of a program's. */
+/* internal/loader attaches both to the function of that kernel, in this order. */
 SEC("fentry/mnt_get_write_access")
 int BPF_PROG(imans_write_access, struct vfsmount *mnt)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
-	struct nameidata *walk = task->nameidata;
-	struct inode *inode;
 
-	if (!walk || walk->path.mnt != mnt)
-		return 0;
-	inode = walk->path.dentry->d_inode;
-	if ((inode->i_mode & S_IFMT) == S_IFREG)
-		imans_look_at_writer(inode);
+	imans_look_at_writer(mnt);
+	imans_leave_look(task->pid);
+	return 0;
+}
+
+SEC("fentry/mnt_get_write_access")
+int BPF_PROG(imans_write_access_again, struct vfsmount *mnt)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
+
+	if (!imans_take_look(task->pid))
+		imans_look_at_writer(mnt);
 	return 0;
 }
 

@@ -114,6 +114,7 @@ const (
 	imansProgImansProcFreeInum         = "imans_proc_free_inum"
 	imansProgImansSwitchTaskNamespaces = "imans_switch_task_namespaces"
 	imansProgImansWriteAccess          = "imans_write_access"
+	imansProgImansWriteAccessAgain     = "imans_write_access_again"
 	imansVarImansKeepBirth             = "imans_keep_birth"
 	imansVarImansKeepDeath             = "imans_keep_death"
 	imansVarImansKeepFile              = "imans_keep_file"
@@ -174,6 +175,7 @@ type imansProgramSpecs struct {
 	ImansProcFreeInum         *ebpf.ProgramSpec `ebpf:"imans_proc_free_inum"`
 	ImansSwitchTaskNamespaces *ebpf.ProgramSpec `ebpf:"imans_switch_task_namespaces"`
 	ImansWriteAccess          *ebpf.ProgramSpec `ebpf:"imans_write_access"`
+	ImansWriteAccessAgain     *ebpf.ProgramSpec `ebpf:"imans_write_access_again"`
 }
 
 // imansMapSpecs contains maps before they are loaded into the kernel.
@@ -282,6 +284,7 @@ type imansPrograms struct {
 	ImansProcFreeInum         *ebpf.Program `ebpf:"imans_proc_free_inum"`
 	ImansSwitchTaskNamespaces *ebpf.Program `ebpf:"imans_switch_task_namespaces"`
 	ImansWriteAccess          *ebpf.Program `ebpf:"imans_write_access"`
+	ImansWriteAccessAgain     *ebpf.Program `ebpf:"imans_write_access_again"`
 }
 
 func (p *imansPrograms) Close() error {
@@ -294,6 +297,7 @@ func (p *imansPrograms) Close() error {
 		p.ImansProcFreeInum,
 		p.ImansSwitchTaskNamespaces,
 		p.ImansWriteAccess,
+		p.ImansWriteAccessAgain,
 	)
 }
 

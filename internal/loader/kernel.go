@@ -43,13 +43,12 @@ const (
 
 // Kernel is the kernel side at work.
 type Kernel struct {
-	maps  map[string]*ebpf.Map
-	links map[string]link.Link
-	// tracing are the programs that the kernel skips where one is interrupted by itself.
-	tracing []*ebpf.Program
-	ring    *ring
-	slots   *slots
-	origin  Origin
+	maps   map[string]*ebpf.Map
+	links  map[string]link.Link
+	losses *losses
+	ring   *ring
+	slots  *slots
+	origin Origin
 }
 
 // Origin tells how Open came by the programs.
@@ -119,6 +118,8 @@ const (
 	settingDistrustOverlay = 0          // IMANS_DISTRUST_OVERLAY
 	settingWake            = 1          // IMANS_WAKE
 	settingHoldAll         = 2          // IMANS_HOLD_ALL
+	settingLosses          = 3          // IMANS_LOSSES
+	settingSecondLooks     = 4          // IMANS_SECOND_LOOKS
 )
 
 // Registered returns the mount namespaces that the kernel side knows, each with its parent (zero: not known).
@@ -234,54 +235,6 @@ func empty(m *ebpf.Map) error {
 	}
 }
 
-// LossKey names a counter of lost events.
-type LossKey struct {
-	NS     event.MountNS
-	Reason event.Loss
-}
-
-// Losses returns how many events were lost since the programs were loaded, those of no namespace under the zero one. The counters only
-// grow.
-func (k *Kernel) Losses() (map[LossKey]uint64, error) {
-	losses := make(map[LossKey]uint64)
-	var key struct {
-		ID           uint64
-		Inum, Reason uint32
-	}
-	var count uint64
-	it := k.maps[imansMapLosses].Iterate()
-	for it.Next(&key, &count) {
-		losses[LossKey{event.MountNS{Inum: key.Inum, ID: key.ID}, event.Loss(key.Reason)}] = count
-	}
-	if err := it.Err(); err != nil {
-		return nil, fmt.Errorf("read loss counters: %w", err)
-	}
-	var skipped uint64
-	for _, p := range k.tracing {
-		stats, err := p.Stats()
-		if err != nil {
-			return nil, fmt.Errorf("read how often a program was skipped: %w", err)
-		}
-		skipped += stats.RecursionMisses
-	}
-	if skipped > 0 {
-		losses[LossKey{Reason: event.LossProgramSkipped}] = skipped
-	}
-	return losses, nil
-}
-
-// ForgetLosses drops the counters of a namespace that has ended, once they are recorded.
-func (k *Kernel) ForgetLosses(key LossKey) error {
-	raw := struct {
-		ID           uint64
-		Inum, Reason uint32
-	}{key.NS.ID, key.NS.Inum, uint32(key.Reason)}
-	if err := k.maps[imansMapLosses].Delete(raw); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("forget loss counter: %w", err)
-	}
-	return nil
-}
-
 // DistrustOverlay tells the kernel side whether to ask the kernel for digests of overlayfs files: once the kernel's own IMA
 // has a policy, it may answer from a cache that does not notice a change of the real inode.
 func (k *Kernel) DistrustOverlay(distrust bool) error { return k.set(settingDistrustOverlay, distrust) }
@@ -306,8 +259,8 @@ func (k *Kernel) Close() error {
 	if k.slots != nil {
 		errs = append(errs, k.slots.close())
 	}
-	for _, p := range k.tracing {
-		errs = append(errs, p.Close())
+	if k.losses != nil {
+		errs = append(errs, k.losses.close())
 	}
 	for _, l := range k.links {
 		errs = append(errs, l.Close())

@@ -8,8 +8,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/ima"
@@ -376,5 +380,41 @@ func TestKernelMarkIsFoundInItsSlot(t *testing.T) {
 		if got := files(t, k, path); len(got) != len(keys) {
 			t.Errorf("%s: %d events of %d after all was forgotten", path, len(got), len(keys))
 		}
+	}
+}
+
+// Many tasks ask for write access at once, more than there are processors: on a preemptible kernel some are interrupted in the program.
+func TestKernelSkippedProgramIsMadeUpFor(t *testing.T) {
+	k := open(t, Options{})
+	defer Unload(testPins)
+	defer k.Close()
+	dir := t.TempDir()
+	var tasks sync.WaitGroup
+	end := time.Now().Add(3 * time.Second)
+	for i := range 16 {
+		tasks.Go(func() {
+			path := filepath.Join(dir, strconv.Itoa(i))
+			for time.Now().Before(end) {
+				fd, err := unix.Open(path, unix.O_CREAT|unix.O_WRONLY, 0o600)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				unix.Close(fd)
+			}
+		})
+	}
+	tasks.Wait()
+	stats, err := k.losses.skippable[imansProgImansWriteAccess].Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	losses, err := k.Losses()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("skipped %d times", stats.RecursionMisses)
+	if n := losses[LossKey{Reason: event.LossProgramSkipped}]; n != 0 {
+		t.Errorf("%d of %d skipped runs were not made up for", n, stats.RecursionMisses)
 	}
 }

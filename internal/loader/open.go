@@ -93,18 +93,21 @@ func configure(spec *ebpf.CollectionSpec, o Options) error {
 // writeAccessBefore68 is what mnt_get_write_access was called before Linux 6.8.
 const writeAccessBefore68 = "__mnt_want_write"
 
-// fit gives a program the name that a function has in this kernel.
+// fit gives the programs the name that a function has in this kernel.
 func fit(spec *ebpf.CollectionSpec, types *btf.Cache) error {
 	kernel, err := types.Kernel()
 	if err != nil {
 		return fmt.Errorf("read the kernel's types: %w", err)
 	}
 	var f *btf.Func
-	program := spec.Programs[imansProgImansWriteAccess]
-	if err := kernel.TypeByName(program.AttachTo, &f); errors.Is(err, btf.ErrNotFound) {
-		program.AttachTo = writeAccessBefore68
+	name := spec.Programs[imansProgImansWriteAccess].AttachTo
+	if err := kernel.TypeByName(name, &f); errors.Is(err, btf.ErrNotFound) {
+		name = writeAccessBefore68
 	} else if err != nil {
-		return fmt.Errorf("look for %s in the kernel's types: %w", program.AttachTo, err)
+		return fmt.Errorf("look for %s in the kernel's types: %w", name, err)
+	}
+	for _, program := range []string{imansProgImansWriteAccess, imansProgImansWriteAccessAgain} {
+		spec.Programs[program].AttachTo = name
 	}
 	return nil
 }
@@ -239,7 +242,7 @@ func load(spec *ebpf.CollectionSpec, o Options) (_ *Kernel, err error) {
 	// Namespace programs first: an event's namespace should be known.
 	for _, name := range []string{
 		imansProgImansProcFreeInum, imansProgImansCopyMntNs, imansProgImansSwitchTaskNamespaces, imansProgImansIterTask,
-		imansProgImansWriteAccess, imansProgImansBprmCheckSecurity, imansProgImansMmapFile, imansProgImansFileMprotect,
+		imansProgImansWriteAccess, imansProgImansWriteAccessAgain, imansProgImansBprmCheckSecurity, imansProgImansMmapFile, imansProgImansFileMprotect,
 	} {
 		l, err := attach(collection.Programs[name])
 		if err != nil {
@@ -307,28 +310,8 @@ func (k *Kernel) start() error {
 	if k.slots, err = openSlots(k.maps[imansMapMeasuredSlots]); err != nil {
 		return errors.Join(err, k.Close())
 	}
-	if err = k.openTracing(); err != nil {
+	if k.losses, err = openLosses(k.maps, k.links); err != nil {
 		return errors.Join(err, k.Close())
-	}
-	return nil
-}
-
-// openTracing opens the programs that the kernel may skip.
-func (k *Kernel) openTracing() error {
-	for name, l := range k.links {
-		info, err := l.Info()
-		if err != nil {
-			return fmt.Errorf("look at link %s: %w", name, err)
-		}
-		p, err := ebpf.NewProgramFromID(info.Program)
-		if err != nil {
-			return fmt.Errorf("open program %s: %w", name, err)
-		}
-		if p.Type() != ebpf.Tracing {
-			p.Close()
-			continue
-		}
-		k.tracing = append(k.tracing, p)
 	}
 	return nil
 }
