@@ -37,8 +37,8 @@ static __always_inline bool imans_is_settled(const struct imans_version *version
  * may call it, and never with a record reserved: a slow file would hold up everyone's records. The version read again
  * afterwards tells whether the content stood still.
  */
-static __always_inline __u32 imans_take_digest(struct file *file, const struct imans_content *content, __u32 flags,
-					       struct imans_digest *digest)
+static __noinline __u32 imans_take_digest(struct file *file, const struct imans_content *content, __u32 flags,
+					  struct imans_digest *digest)
 {
 	bool provable = !(flags & (IMANS_WRITERS | IMANS_REAL_UNKNOWN)) && imans_keeps_time(content->fs_magic);
 	__u32 *distrust = imans_setting(IMANS_DISTRUST_OVERLAY);

@@ -68,11 +68,19 @@ static __always_inline bool imans_needs_event(struct file *file, __u32 func, __u
 	return true;
 }
 
-static __always_inline void imans_find(struct file *file, const struct imans_look *look, struct imans_found *found)
+/*
+ * Before 6.4 the verifier keeps apart all states in which some constant differs, and there are hundreds of ways to come here. Values that it
+ * does not know bring them together, or it would give up.
+ */
+#define IMANS_FORGET(values) bpf_probe_read_kernel(&(values), sizeof(values), &(values))
+
+static __always_inline void imans_find(struct file *file, struct imans_look *look, struct imans_found *found)
 {
+	IMANS_FORGET(*look);
 	if (!(look->policy_flags & IMANS_KNOWN_IDS))
 		imans_submit_id_maps(look->mntns, look->inum);
 	found->flags = look->flags | imans_read_version(file->f_inode, &found->content.version);
+	IMANS_FORGET(found->flags);
 	imans_fill_content(file->f_inode, &found->content);
 	found->digest.algo = -95; /* EOPNOTSUPP */
 }
@@ -127,7 +135,7 @@ static __always_inline void imans_fill_name(struct imans_file *record, char *pat
 }
 
 /* bpf_d_path builds from the buffer's end and moves the result to its beginning; path_len says how much of it counts. */
-static __noinline int imans_submit_file(struct file *file, const struct imans_look *look)
+static __noinline int imans_submit_file(struct file *file, struct imans_look *look)
 {
 	struct imans_short_record *record;
 	struct imans_long_record *long_record;
@@ -136,10 +144,12 @@ static __noinline int imans_submit_file(struct file *file, const struct imans_lo
 
 	imans_find(file, look, &found);
 	found.flags |= imans_take_digest(file, &found.content, found.flags, &found.digest);
+	IMANS_FORGET(found);
 	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
 	if (!record)
 		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
 	found.flags |= imans_hold_file(file, &found.content.version);
+	IMANS_FORGET(found.flags);
 	len = bpf_d_path(&file->f_path, record->path, sizeof(record->path));
 	if (len > 0) {
 		imans_fill_file(&record->file, file, look, &found);
@@ -153,6 +163,7 @@ static __noinline int imans_submit_file(struct file *file, const struct imans_lo
 	if (!long_record)
 		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
 	found.flags |= imans_hold_file(file, &found.content.version);
+	IMANS_FORGET(found.flags);
 	len = bpf_d_path(&file->f_path, long_record->path, sizeof(long_record->path));
 	imans_fill_file(&long_record->file, file, look, &found);
 	if (len > 0)
@@ -164,7 +175,7 @@ static __noinline int imans_submit_file(struct file *file, const struct imans_lo
 }
 
 /* The same from a hook in which neither a digest nor bpf_d_path is allowed. */
-static __noinline int imans_submit_mapping(struct file *file, const struct imans_look *look)
+static __noinline int imans_submit_mapping(struct file *file, struct imans_look *look)
 {
 	struct imans_short_record *record;
 	struct imans_found found = {};
@@ -174,6 +185,7 @@ static __noinline int imans_submit_mapping(struct file *file, const struct imans
 	if (!record)
 		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
 	found.flags |= imans_hold_file(file, &found.content.version);
+	IMANS_FORGET(found.flags);
 	imans_fill_file(&record->file, file, look, &found);
 	imans_fill_name(&record->file, record->path, file);
 	bpf_ringbuf_submit(record, imans_wake_flags());

@@ -35,16 +35,23 @@ const volatile bool imans_kernel_digest = true;
 
 /* ---- Files ---- */
 
+static __noinline int imans_run(struct file *file)
+{
+	struct imans_look look;
+
+	if (imans_needs_event(file, IMANS_BPRM_CHECK, 0, &look)) {
+		look.vma_start = look.vma_end = 0;
+		imans_submit_file(file, &look);
+	}
+	return 0;
+}
+
 /* Sleepable: the digest may have to be read from disk. */
 SEC("lsm.s/bprm_check_security")
 int BPF_PROG(imans_bprm_check_security, struct linux_binprm *bprm, int ret)
 {
-	struct imans_look look;
-
-	if (!ret && imans_needs_event(bprm->file, IMANS_BPRM_CHECK, 0, &look)) {
-		look.vma_start = look.vma_end = 0;
-		imans_submit_file(bprm->file, &look);
-	}
+	if (!ret)
+		imans_run(bprm->file);
 	return ret;
 }
 

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/event"
@@ -416,5 +417,32 @@ func TestKernelSkippedProgramIsMadeUpFor(t *testing.T) {
 	t.Logf("skipped %d times", stats.RecursionMisses)
 	if n := losses[LossKey{Reason: event.LossProgramSkipped}]; n != 0 {
 		t.Errorf("%d of %d skipped runs were not made up for", n, stats.RecursionMisses)
+	}
+}
+
+// The verifier gives up at a million instructions, and each takes time at every load. Older ones follow more ways to the same place.
+func TestKernelProgramsAreVerifiedQuickly(t *testing.T) {
+	k := open(t, Options{})
+	defer Unload(testPins)
+	defer k.Close()
+	for name, l := range k.links {
+		info, err := l.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := ebpf.NewProgramFromID(info.Program)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		pi, err := p.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, ok := pi.VerifiedInstructions()
+		t.Logf("%s: %d", name, n)
+		if !ok || n > 50000 {
+			t.Errorf("%s: the verifier looked at %d instructions, want at most 50000", name, n)
+		}
 	}
 }
