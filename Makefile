@@ -75,7 +75,7 @@ demo: ## boot a kernel with a TPM, measure two containers and verify their lists
 	exec bin/demo
 
 .PHONY: bench
-bench: ## print what the agent costs, as ratios with their spread (ONLY="exec clone hash extend memory replay vtpm latency")
+bench: ## print what the agent costs, as ratios with their spread (ONLY="exec clone hash extend memory replay vtpm latency gate")
 	@$(DEPS) go vm test
 	go build -o bin/bench ./test/vm/cmd/bench
 	exec bin/bench $(ONLY)

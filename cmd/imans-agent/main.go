@@ -97,7 +97,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
 	})
-	root.AddCommand(newDoctor(), newNS(), newMeasurements(), newPolicy(), newVerify(), newUnload(), newRuntime(), newHook(), newVTPM(), newCDI())
+	root.AddCommand(newDoctor(), newNS(), newMeasurements(), newPolicy(), newVerify(), newUnload(), newGuard(), newRuntime(), newHook(), newVTPM(), newCDI())
 	return root
 }
 

@@ -43,7 +43,7 @@ func newNS() *cobra.Command {
 	cmd.PersistentFlags().BoolVar(&asJSON, "json", false, "print JSON")
 	addRunDir(cmd, &runDir)
 	cmd.AddCommand(
-		newNSWindow(&runDir, &asJSON),
+		newNSWindow(&runDir, &asJSON), newNSGate(&runDir, &asJSON),
 		&cobra.Command{Use: "list", Short: "all namespaces, parents first", Args: exactly(0), RunE: list},
 		&cobra.Command{
 			Use: "activate ID", Short: "make one an IMA namespace of its own, with an empty policy", Args: exactly(1),
@@ -116,7 +116,7 @@ func printNamespace(cmd *cobra.Command, n control.Namespace) error {
 		{"namespace", n.Name()}, {"parent", orDash(n.Parent)}, {"depth", n.Depth}, {"origin", n.Origin}, {"born", n.Born},
 		{"container", orDash(n.Container)}, {"first process", n.PID}, {"entered from outside", n.Entered}, {"entries", n.Entries},
 		{"violations", n.Violations}, {"extended", n.Extended}, {"pcr", n.PCR}, {"tpm", orDash(n.TPM)}, {"trust", trustLine(n)},
-		{"rules", n.Rules}, {"state", n.State}, {"trouble", orDash(n.Trouble)},
+		{"rules", n.Rules}, {"gate", orDash(n.Gate)}, {"state", n.State}, {"trouble", orDash(n.Trouble)},
 	} {
 		fmt.Fprintf(w, "%s\t%v\n", row[0], row[1])
 	}

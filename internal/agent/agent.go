@@ -48,6 +48,7 @@ type Config struct {
 	Pool      int    // vTPMs kept ready for containers
 	PolicyDir string // policies that containers may name
 	NRI       NRI
+	Gate      Gate
 	Digest    string // "auto", "kernel" or "agent"
 	Template  string
 	Hash      string // of files, as IMA's ima_hash
@@ -109,8 +110,15 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 	treeConfig.Kernel = kernel
 	ways := reach.New(log.Named("containers"))
 	treeConfig.OpenTPM = ways.Open
+	held, err := newGates(c, log.Named("gate"))
+	if err != nil {
+		return err
+	}
+	treeConfig.Gates = held
 	tree := namespace.New(treeConfig)
+	held.tree = tree
 	defer func() { err = errors.Join(err, tree.Close()) }()
+	defer func() { err = errors.Join(err, held.Shutdown()) }() // first: who waits must not wait for what has stopped
 	if err := tree.Start(ctx); err != nil {
 		return hint(err, treeConfig.NativeSocket != "")
 	}
@@ -119,12 +127,13 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 			return err
 		}
 	}
-	return serve(ctx, c, kernel, tree, ways, log)
+	return serve(ctx, c, kernel, tree, ways, held, log)
 }
 
 // serve runs the pump and the control socket until one fails or ctx ends.
-func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace.Tree, ways *reach.Ways, log *zap.Logger) error {
+func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace.Tree, ways *reach.Ways, held *gates, log *zap.Logger) error {
 	p := newPump(kernel, tree, log)
+	held.pump, p.expire = p, held.Expire
 	if err := p.catchUp(ctx); err != nil {
 		return err
 	}
@@ -159,6 +168,13 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	}
 	log.Info("measuring", zap.Int("namespaces", len(tree.List())), zap.String("socket", server.Path()))
 	group.Go(func() error { return p.run(ctx) })
+	group.Go(func() error { // once there is someone to answer
+		return p.do(ctx, func(context.Context) error {
+			tree.ReopenGates()
+			held.Ready()
+			return nil
+		})
+	})
 	group.Go(func() error { return p.watch(ctx) })
 	if window != nil {
 		group.Go(func() error { return window.Run(ctx) })
@@ -202,6 +218,12 @@ func prepare(c Config, kernelDigests bool, log *zap.Logger) (namespace.Config, e
 	if !slices.Contains(namespace.Modes(), namespace.Mode(c.Mode)) {
 		return none, usage("--namespaces %s: want one of %v", c.Mode, namespace.Modes())
 	}
+	if !slices.Contains(namespace.GateModes(), namespace.GateMode(c.Gate.Mode)) {
+		return none, usage("--gate %s: want one of %v", c.Gate.Mode, namespace.GateModes())
+	}
+	if c.Gate.Timeout < gateTimeoutMin || c.Gate.Timeout > gateTimeoutMax {
+		return none, usage("--gate-timeout %v: want %v to %v", c.Gate.Timeout, gateTimeoutMin, gateTimeoutMax)
+	}
 	if c.MaxRules < 1 {
 		return none, usage("--max-rules %d: want at least 1", c.MaxRules)
 	}
@@ -212,7 +234,7 @@ func prepare(c Config, kernelDigests bool, log *zap.Logger) (namespace.Config, e
 		return none, usage("--pcr %d: want 0 to 23", c.PCR)
 	}
 	t := namespace.Config{
-		RunDir: c.RunDir, NativePolicy: native, NSPolicy: ns, Mode: namespace.Mode(c.Mode), MaxRules: c.MaxRules, NativePCR: c.PCR, Template: c.Template, Algo: algo, Log: log,
+		RunDir: c.RunDir, NativePolicy: native, NSPolicy: ns, Mode: namespace.Mode(c.Mode), Gate: namespace.GateMode(c.Gate.Mode), MaxRules: c.MaxRules, NativePCR: c.PCR, Template: c.Template, Algo: algo, Log: log,
 	}
 	switch c.NSTPM {
 	case "swtpm":

@@ -34,10 +34,11 @@ type pump struct {
 	sleep    chan struct{} // from run to watch: nothing comes
 	woken    chan struct{} // from watch to run: something has come
 	lost     bool          // among the records lost may be deaths
+	expire   func()        // called once a second
 }
 
 func newPump(k *loader.Kernel, t *namespace.Tree, log *zap.Logger) *pump {
-	return &pump{kernel: k, tree: t, log: log, requests: make(chan request), sleep: make(chan struct{}), woken: make(chan struct{})}
+	return &pump{kernel: k, tree: t, log: log, requests: make(chan request), sleep: make(chan struct{}), woken: make(chan struct{}), expire: func() {}}
 }
 
 // catchUp handles what was recorded while no agent ran, then ends what ended meanwhile.
@@ -89,6 +90,7 @@ func (p *pump) run(ctx context.Context) error {
 			err = p.losses(ctx)
 		case <-look.C:
 			p.tree.LostTPMs(ctx)
+			p.expire()
 			if err = p.watchKernelIMA(); err == nil && empty > sleepAfter {
 				err = p.losses(ctx)
 			}
@@ -206,10 +208,8 @@ func (p *pump) batch(ctx context.Context) (int, error) {
 		if err := entry.Logged(ctx); err != nil {
 			return n, err
 		}
-		if ns, key, ok := entry.Mark(); ok {
-			if err := p.tree.Mark(ns, key); err != nil {
-				return n, err
-			}
+		if err := p.tree.Mark(entry); err != nil {
+			return n, err
 		}
 	}
 	// Commit point: before this a crash makes the next agent read the records again, and its lists know the entries already;

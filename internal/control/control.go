@@ -14,6 +14,7 @@
 //	GET /v1/namespaces/NAME/pcrs             its PCR in each bank of its TPM, as the agent reads it now
 //	GET /v1/namespaces/NAME/measurements     its list; ?format=binary|ascii|json, ?bank=sha256, ?follow=true
 //	POST /v1/namespaces/NAME/activate        makes it an IMA namespace of its own
+//	POST /v1/namespaces/NAME/gate            says what waits there until it is measured: off, exec or all
 //	POST /v1/namespaces/NAME/window          mounts its window over /sys/kernel/security in it
 //	DELETE /v1/namespaces/NAME/window        takes that away again
 //	POST /v1/namespaces/NAME/vtpm            gives its list a vTPM, which its programs reach by socket
@@ -131,6 +132,7 @@ func (s *Server) routes() map[string]http.HandlerFunc {
 		"GET /v1/namespaces/{name}/policy":       s.policy,
 		"POST /v1/namespaces/{name}/policy":      s.loadPolicy,
 		"POST /v1/namespaces/{name}/activate":    s.activate,
+		"POST /v1/namespaces/{name}/gate":        s.onlyHost(s.setGate),
 		"GET /v1/namespaces/{name}/pcrs":         s.pcrs,
 		"GET /v1/namespaces/{name}/measurements": s.measurements,
 		"POST /v1/namespaces/{name}/window":      s.onlyHost(s.attachWindow),

@@ -35,6 +35,7 @@ type Namespace struct {
 	State      string `json:"state"`           // shared: as its parent; idle: nothing measured yet; measuring; waiting: see trouble; ended: see trouble
 	Trouble    string `json:"trouble,omitempty"`
 	Rules      int    `json:"rules"`
+	Gate       string `json:"gate,omitempty"` // what waits there until it is measured: exec or all
 }
 
 // Trust is what stands behind a PCR.
@@ -56,6 +57,7 @@ type Status struct {
 	Events     uint64            `json:"events"`
 	Entries    int               `json:"entries"`    // different ones, however many lists hold them
 	Hashed     uint64            `json:"hashed"`     // files read by the agent
+	Asked      uint64            `json:"asked"`      // questions of gates
 	Lost       map[string]uint64 `json:"lost"`       // events lost before they reached the agent, since the programs were loaded
 	Violations map[string]uint64 `json:"violations"` // events that the agent could not measure, by reason
 	Latency    Latency           `json:"latency"`    // from a kernel hook to the native list's extended register
@@ -92,7 +94,7 @@ func jsonNamespace(i namespace.Info) Namespace {
 		Inum: i.NS.Inum, ID: i.NS.ID, Depth: i.Depth, Origin: i.Origin, Born: i.Born.UTC().Format(time.RFC3339),
 		PID: i.Leader.TGID, Container: proc.CgroupName(int(i.Leader.TGID)), Entered: i.Entered, Entries: i.Status.Entries,
 		Extended: i.Status.Extended, Violations: i.Status.Violations, PCR: i.PCR, TPM: i.TPM,
-		Trust: trust(i), Rules: i.Rules,
+		Trust: trust(i), Rules: i.Rules, Gate: gateWord(i.Gate),
 	}
 	if !i.Parent.IsZero() {
 		n.Parent = i.Parent.String()
@@ -136,7 +138,7 @@ func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 	}
 	l := counters.Latency
 	s.reply(w, Status{
-		Namespaces: counters.Namespaces, Events: counters.Events, Entries: counters.Entries, Hashed: counters.Hashed, Lost: counters.Lost,
+		Namespaces: counters.Namespaces, Events: counters.Events, Entries: counters.Entries, Hashed: counters.Hashed, Asked: counters.Asked, Lost: counters.Lost,
 		Violations: counters.Violations, Latency: Latency{l.Count, l.P50.Microseconds(), l.P99.Microseconds(), l.Max.Microseconds()},
 	})
 }

@@ -44,6 +44,11 @@ func ReadAttributes(ev *event.File, root *Root) (*Attributes, error) {
 		return nil, err
 	}
 	defer f.Close()
+	return AttributesOf(f, ev)
+}
+
+// AttributesOf reads the attributes of an open file, which is the content that the event saw, or will see.
+func AttributesOf(f *os.File, ev *event.File) (*Attributes, error) {
 	a, err := readAttributes(f)
 	if err != nil {
 		return nil, err

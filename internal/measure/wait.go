@@ -165,18 +165,18 @@ func (l *List) Accepted() int {
 	return l.accepted.n
 }
 
-// all is the Receipt of the last entry that was handed in.
-func (l *List) all() Receipt {
+// All is the Receipt of the last entry that was handed in.
+func (l *List) All() Receipt {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return Receipt{l, l.accepted.n}
 }
 
 // Barrier waits until all that was handed in so far is in the log.
-func (l *List) Barrier(ctx context.Context) error { return l.all().Logged(ctx) }
+func (l *List) Barrier(ctx context.Context) error { return l.All().Logged(ctx) }
 
 // Settle waits until all that was handed in so far is in the log and, with a TPM, extended.
-func (l *List) Settle(ctx context.Context) error { return l.all().Extended(ctx) }
+func (l *List) Settle(ctx context.Context) error { return l.All().Extended(ctx) }
 
 // AwaitEntries waits until the list has more than n entries.
 func (l *List) AwaitEntries(ctx context.Context, n int) error {

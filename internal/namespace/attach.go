@@ -112,6 +112,7 @@ func (t *Tree) AttachTPM(ctx context.Context, ns event.MountNS, a Attachment) er
 	s.endOwn()
 	s.tpm = a.TPM
 	s.setInstance(a.Instance)
+	s.gateByDefault()
 	t.log.Info("vTPM attached", zap.Stringer("ns", ns), zap.Stringer("binding", a.Binding.ID), zap.Stringer("AK", a.Binding.AK))
 	return nil
 }

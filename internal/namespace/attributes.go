@@ -16,17 +16,24 @@ func (l *look) attributes(s *State, template string) *digest.Attributes {
 	if !imalog.ShowsAttributes(template) {
 		return nil
 	}
-	if l.asked || !digest.Versioned(l.ev.RealFS.Magic) {
+	if l.asked || l.file == nil && !digest.Versioned(l.ev.RealFS.Magic) {
 		return l.attrs // of a file system that others run it would be their word, and may take their time
 	}
 	l.asked = true
-	attrs, err := digest.ReadAttributes(l.ev, l.root(s))
+	attrs, err := l.readAttributes(s)
 	if err != nil {
 		l.inDoubt = true // to be asked again when it comes again
 		return nil
 	}
 	l.attrs = attrs
 	return attrs
+}
+
+func (l *look) readAttributes(s *State) (*digest.Attributes, error) {
+	if l.file != nil {
+		return digest.AttributesOf(l.file, l.ev)
+	}
+	return digest.ReadAttributes(l.ev, l.root(s))
 }
 
 // algo returns what a file is hashed with for a template's entry: as security.ima is, if the template shows that, so that its

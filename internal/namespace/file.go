@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 
 	"go.uber.org/zap"
@@ -20,8 +21,7 @@ import (
 type Pending struct {
 	entries []pendingEntry
 	mark    bool // nothing of the event is in doubt: its content needs no event any more
-	ns      event.MountNS
-	key     event.MeasuredKey
+	event   *event.File
 }
 
 // pendingEntry is one entry on its way into a list.
@@ -42,9 +42,6 @@ func (p Pending) Logged(ctx context.Context) error {
 	return nil
 }
 
-// Mark returns what to mark as measured and in which namespace, and whether to. Ask after Logged only.
-func (p Pending) Mark() (event.MountNS, event.MeasuredKey, bool) { return p.ns, p.key, p.mark }
-
 // look is one file event on its way through the chain: what one level found out serves the next.
 type look struct {
 	tree    *Tree
@@ -59,6 +56,7 @@ type look struct {
 	entries map[entryKey]*imalog.Entry
 	pending Pending
 	inDoubt bool
+	file    *os.File // of a question; nil: the hook has seen it already
 }
 
 // entryKey tells apart the entries that levels want of one event; equal ones share one.
@@ -92,7 +90,7 @@ func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
 			return Pending{}, fmt.Errorf("measure %q in namespace %v: %w", l.name, n.ns, err)
 		}
 	}
-	l.pending.ns, l.pending.key = ev.NS, ev.MeasuredKey()
+	l.pending.event = ev
 	l.pending.mark = !l.inDoubt && ev.Policy == current && ev.Nlink > 0 && t.provable(ev)
 	return l.pending, nil
 }
@@ -192,10 +190,15 @@ func (l *look) measure(n, s *State) error {
 		if d.Actions&ima.Measure == 0 {
 			continue
 		}
-		l.hold(n)
+		if l.file == nil {
+			l.hold(n)
+		}
 		key := entryKey{pcr: n.pcr, template: template, algo: sum.Algo()}
 		if d.PCR >= 0 {
 			key.pcr = d.PCR
+		}
+		if loss != 0 && l.file != nil {
+			continue // the hook says so
 		}
 		if loss != 0 {
 			key = n.violation(loss)
@@ -257,8 +260,12 @@ func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
 		}
 		return nil
 	}
+	before := n.list.Accepted()
 	receipt := n.list.Append(e)
 	l.pending.entries = append(l.pending.entries, pendingEntry{n, receipt})
+	if l.file == nil && n.gates(l.ev) && n.list.Accepted() > before {
+		return l.appendEntry(n, s, n.violation(event.LossNotGated), sum) // nobody asked before its use
+	}
 	if n == l.tree.native && l.tree.config.NativeTPM != nil {
 		l.tree.latencies.add(receipt, l.ev.Boottime)
 	}
@@ -286,10 +293,13 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 	if d, ok := l.digests[algo]; ok || l.loss != 0 {
 		return d, l.loss
 	}
-	if cacheable {
+	if cacheable && l.file == nil {
 		if d := l.tree.cache.Get(l.ev.Content, algo); !d.IsNone() {
 			return d, 0
 		}
+	}
+	if l.file != nil {
+		return l.sumOfQuestion(algo)
 	}
 	sums, err := digest.Hash(l.ev, l.root(s), algo)
 	if err != nil {

@@ -31,6 +31,7 @@ type Info struct {
 	Template string
 	Algo     ima.HashAlgo
 	IDs      ima.IDMaps // of the user namespace that owns it
+	Gate     GateMode   // what waits there until it is measured
 }
 
 // List returns all namespaces, each after its parent, siblings by inode number.
@@ -58,7 +59,7 @@ func (s *State) info(depth int) Info {
 	i := Info{
 		NS: s.ns, Parent: s.parentNS(), Depth: depth, Origin: s.origin, Born: s.born, Leader: s.leader, Entered: s.entered,
 		PCR: s.pcr, Active: s.active, Listed: s.list != nil, Rules: len(s.policy.Rules()), Template: s.template, Algo: s.algo, IDs: s.ids,
-		Software: s.parent != nil || s.tree.config.NativeSocket != "", Attached: s.attached != nil,
+		Software: s.parent != nil || s.tree.config.NativeSocket != "", Attached: s.attached != nil, Gate: s.gate,
 	}
 	if s.parent == nil {
 		i.TPM = s.tree.config.NativeSocket
@@ -147,6 +148,7 @@ type Counters struct {
 	Events     uint64
 	Entries    int               // different ones, however many lists hold them
 	Hashed     uint64            // files read by the agent
+	Asked      uint64            // questions of gates
 	Lost       map[string]uint64 // by the kernel side, by reason, since the programs were loaded
 	Violations map[string]uint64 // events that could not be measured, by reason
 	Latency    Latency           // of the native list
@@ -163,6 +165,9 @@ func (t *Tree) Counters() (Counters, error) {
 	c := Counters{
 		Namespaces: len(t.states), Events: t.events, Entries: t.store.Len(), Hashed: t.cache.Hashed(),
 		Lost: make(map[string]uint64), Violations: make(map[string]uint64), Latency: t.latencies.get(),
+	}
+	if t.config.Gates != nil {
+		c.Asked = t.config.Gates.Asked()
 	}
 	for key, n := range lost {
 		c.Lost[key.Reason.String()] += n

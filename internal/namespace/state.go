@@ -48,6 +48,8 @@ type State struct {
 	attached   *attached      // the vTPM that it was given; nil: none, or one of its own; read without the lock by who writes it
 	leader     event.Process  // the first process seen in it
 	entered    int            // processes that came in from outside
+	gate       GateMode       // "": as GateOff
+	gateSince  time.Duration  // since boot; what ran earlier was not held up and was not to be
 
 	// The goroutine that handles records only.
 	ended    bool                // the list can't go on; its ancestors' lists say so
@@ -78,6 +80,9 @@ type stateFile struct {
 
 	Given    uint32        `json:"given,omitempty"` // how many vTPMs it was given
 	Attached *attachedFile `json:"attached,omitempty"`
+
+	Gate      GateMode      `json:"gate,omitempty"`
+	GateSince time.Duration `json:"gate_since,omitempty"`
 }
 
 const stateFileName = "namespace.json"
@@ -140,6 +145,7 @@ func (s *State) restore(f stateFile) error {
 	}
 	s.active, s.template, s.algo, s.policy, s.own = true, f.Template, algo, p, f.Own
 	s.given = f.Given
+	s.gate, s.gateSince = f.Gate, f.GateSince
 	if f.Attached != nil {
 		if s.attached, err = f.Attached.restore(); err != nil {
 			return fmt.Errorf("restore namespace %v from %s: its vTPM: %w; move its folder away and restart", s.ns, s.dir, err)
@@ -186,6 +192,7 @@ func (s *State) description() stateFile {
 		f.Own, f.Policy = true, s.policy.Parts()
 	}
 	f.Given = s.given
+	f.Gate, f.GateSince = s.gate, s.gateSince
 	if s.attached != nil {
 		f.Attached = s.attached.file()
 	}

@@ -54,6 +54,8 @@ type Config struct {
 	OpenTPM  func(context.Context, *vtpm.Instance) (*tpmext.TPM, io.Closer, error)
 	Template string
 	Algo     ima.HashAlgo
+	Gates    Gates    // nil: nothing is held up
+	Gate     GateMode // of namespaces that are given a vTPM
 	Kernel   *loader.Kernel
 	Log      *zap.Logger
 }
@@ -330,21 +332,35 @@ func (t *Tree) Death(ns event.MountNS) error {
 	}
 	close(s.gone)
 	errs = append(errs, t.config.Kernel.Forget(s.marks))
+	if s.gate != "" {
+		errs = append(errs, t.config.Gates.Close(s.ns))
+	}
 	t.log.Debug("namespace ended", zap.Stringer("ns", ns))
 	t.finishing.Go(func() { t.finish(t.ending, s) })
 	return errors.Join(errs...)
 }
 
-// Mark tells the kernel side that a content needs no event any more. In a namespace that has ended meanwhile there will be none.
-func (t *Tree) Mark(ns event.MountNS, key event.MeasuredKey) error {
-	s, ok := t.known(ns)
+// Mark tells the kernel side that the content of a record that is through needs no event any more, if nothing of it is in doubt, and the
+// gates that it needs no question. In a namespace that has ended meanwhile there will be none. Call it after Logged only.
+func (t *Tree) Mark(p Pending) error {
+	if !p.mark {
+		return nil
+	}
+	s, ok := t.known(p.event.NS)
 	if !ok {
 		return nil
 	}
+	key := p.event.MeasuredKey()
 	if s != t.native {
 		s.marks = append(s.marks, key)
 	}
-	return t.config.Kernel.MarkMeasured(key)
+	if err := t.config.Kernel.MarkMeasured(key); err != nil {
+		return err
+	}
+	if t.config.Gates != nil && key.IDsIgnored() {
+		t.config.Gates.Settled(p.event)
+	}
+	return nil
 }
 
 // Reconcile ends the states of namespaces that the kernel side does not know any more: their deaths came while no agent ran and
@@ -377,6 +393,9 @@ func (t *Tree) publish(s *State) error {
 	children := append([]*State(nil), s.children...)
 	t.mu.Unlock()
 	errs := []error{t.tell(s)}
+	if t.config.Gates != nil {
+		errs = append(errs, t.config.Gates.Flush(s.ns))
+	}
 	for _, c := range children {
 		errs = append(errs, t.publish(c))
 	}

@@ -7,7 +7,7 @@ func layers() [][]string {
 		{"ima", "need", "proc", "tpmext/tpmtest"},
 		{"event", "policy", "imalog", "binding", "durable", "feature", "oci"},
 		{"loader", "digest", "tpmext", "verify"},
-		{"measure", "appraise", "vtpm", "tpmshare"},
+		{"measure", "appraise", "vtpm", "tpmshare", "gate"},
 		{"namespace", "reach"},
 		{"imafs", "container", "grant", "nri", "attest"},
 		{"control"},

@@ -51,7 +51,7 @@ func run(ctx context.Context, only []string, stdout, stderr io.Writer) error {
 		measure func(context.Context, string) ([]figure, error)
 	}{
 		{"exec", benchExec}, {"clone", benchClone}, {"hash", benchHash}, {"extend", benchExtend}, {"memory", benchMemory}, {"replay", benchReplay},
-		{"vtpm", benchVTPM}, {"latency", benchLatency},
+		{"vtpm", benchVTPM}, {"latency", benchLatency}, {"gate", benchGate},
 	} {
 		if len(only) > 0 && !slices.Contains(only, b.name) {
 			continue

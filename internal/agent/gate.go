@@ -1,0 +1,124 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"time"
+
+	"go.uber.org/zap"
+
+	"imans.dev/imans-agent/internal/container"
+	"imans.dev/imans-agent/internal/digest"
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/gate"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/namespace"
+)
+
+// Gate says what is held up until it is measured.
+type Gate struct {
+	Mode    string        // of containers: one of namespace.GateModes
+	Timeout time.Duration // that an open is held up at most
+	Closed  bool          // what was not measured by then may not be used
+}
+
+// A TPM takes some of it, and what waits for a program waits no longer than that.
+const (
+	gateTimeoutMin = 100 * time.Millisecond
+	gateTimeoutMax = time.Minute
+)
+
+// GuardCommand is the subcommand that runs a gate's guard.
+const GuardCommand = "gate-guard"
+
+// gates are the tree's gates.
+type gates struct {
+	*gate.Gates
+	tree *namespace.Tree
+	pump *pump
+	log  *zap.Logger
+}
+
+// newGates makes gates for a tree that is set with set before the first is opened.
+func newGates(c Config, log *zap.Logger) (*gates, error) {
+	g := &gates{log: log}
+	var err error
+	g.Gates, err = gate.New(gate.Config{
+		Ask: g.ask, Below: func(owner event.MountNS, inum uint32) (bool, bool) { return g.tree.Below(owner, inum) },
+		Missed: g.missed, Dropped: g.dropped, Timeout: c.Gate.Timeout, Closed: c.Gate.Closed, Log: log,
+	}, []string{GuardCommand}, filepath.Join(c.RunDir, "gate-guard.json"))
+	return g, err
+}
+
+// Open marks what the namespace has mounted.
+func (g *gates) Open(ns event.MountNS, all bool) error {
+	t, err := container.Process(ns.Inum)
+	if err != nil {
+		return err
+	}
+	root, mounts, err := container.Mounts(t)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	systems := make([]gate.FileSystem, len(mounts))
+	for i, m := range mounts {
+		systems[i] = gate.FileSystem{Point: m.Point, Type: m.Type}
+	}
+	return g.Gates.Open(ns, root, systems, all)
+}
+
+// ask has a file measured, and waits until it is in all TPMs concerned. It is hashed here, so that a large file holds up nobody else.
+func (g *gates) ask(ctx context.Context, owner event.MountNS, a *gate.Asked) error {
+	q := namespace.Question{Owner: owner, Inum: a.Inum, Event: a.Event, File: a.File, Digests: make(map[ima.HashAlgo]ima.Digest)}
+	algos := g.tree.AskAlgos(a.Inum)
+	sums, err := digest.Sum(a.File, a.Event, algos...)
+	if err != nil {
+		return err
+	}
+	for i, algo := range algos {
+		q.Digests[algo] = sums[i]
+	}
+	var waiting namespace.Waiting
+	err = g.pump.do(ctx, func(ctx context.Context) (err error) {
+		waiting, err = g.tree.Ask(ctx, q)
+		return err
+	})
+	if errors.Is(err, namespace.ErrNotBelow) {
+		return gate.ErrNotConcerned
+	}
+	if err != nil {
+		return err
+	}
+	return waiting.Extended(ctx)
+}
+
+// missedTimeout bounds how long a violation waits for the agent to be able to record it.
+const missedTimeout = time.Minute
+
+// missed records that a file is used before it was measured. Nobody waits for it: the open was held up long enough.
+func (g *gates) missed(owner event.MountNS, a *gate.Asked, _ error) {
+	name := "unknown"
+	if a != nil {
+		name = a.Event.Path
+	}
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), missedTimeout)
+		defer cancel()
+		if err := g.pump.do(ctx, func(ctx context.Context) error { return g.tree.Missed(ctx, owner, name) }); err != nil {
+			g.log.Error("a violation is not recorded", zap.Stringer("ns", owner), zap.String("file", name), zap.Error(err))
+		}
+	}()
+}
+
+// dropped puts the gates back that the guard opened.
+func (g *gates) dropped() {
+	err := g.pump.do(context.Background(), func(context.Context) error {
+		g.tree.ReopenGates()
+		return nil
+	})
+	if err != nil {
+		g.log.Error("gates stay open", zap.Error(err))
+	}
+}

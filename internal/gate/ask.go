@@ -1,0 +1,168 @@
+package gate
+
+import (
+	"context"
+	"errors"
+	"os"
+	"time"
+	"unsafe"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/ima"
+)
+
+// read takes questions until the group is closed. Each is answered by a goroutine of its own, so that none waits for another.
+func (g *gate) read() {
+	buf := make([]byte, 4096)
+	for {
+		n, err := g.group.Read(buf)
+		if errors.Is(err, os.ErrClosed) {
+			return
+		} else if err != nil {
+			// An event whose file can't be opened is answered by the kernel itself.
+			g.gates.config.Log.Warn("read questions", zap.Stringer("ns", g.owner), zap.Error(err))
+			time.Sleep(time.Millisecond)
+			continue
+		}
+		for at := 0; at+int(unix.FAN_EVENT_METADATA_LEN) <= n; {
+			m := (*unix.FanotifyEventMetadata)(unsafe.Pointer(&buf[at]))
+			at += int(m.Event_len)
+			if m.Fd < 0 || m.Mask&(unix.FAN_OPEN_EXEC_PERM|unix.FAN_OPEN_PERM) == 0 {
+				continue
+			}
+			q := question{gate: g, file: os.NewFile(uintptr(m.Fd), "asked"), fd: m.Fd, task: uint32(m.Pid), exec: m.Mask&unix.FAN_OPEN_EXEC_PERM != 0}
+			g.gates.asked.Add(1)
+			g.mu.Lock()
+			g.oldest[m.Fd] = time.Now()
+			g.mu.Unlock()
+			g.done.Go(q.answer)
+		}
+	}
+}
+
+// question is one open that is held up.
+type question struct {
+	gate *gate
+	file *os.File
+	fd   int32
+	task uint32
+	exec bool // to be run; else opened for whatever purpose
+}
+
+// answer lets the open go on, or not.
+func (q *question) answer() {
+	allow, keep := q.decide()
+	r := unix.FanotifyResponse{Fd: q.fd, Response: unix.FAN_ALLOW}
+	if !allow {
+		r.Response = unix.FAN_DENY
+	}
+	q.gate.mu.Lock()
+	delete(q.gate.oldest, q.fd)
+	q.gate.mu.Unlock()
+	written := control(q.gate.group, func(fd int) error {
+		_, err := unix.Write(fd, (*[unsafe.Sizeof(r)]byte)(unsafe.Pointer(&r))[:])
+		return err
+	})
+	// ENOENT: the task was killed, or the guard has answered. Closed: the kernel has.
+	if written != nil && !errors.Is(written, unix.ENOENT) && !errors.Is(written, os.ErrClosed) {
+		q.gate.gates.config.Log.Error("answer", zap.Stringer("ns", q.gate.owner), zap.Error(written))
+	}
+	if !keep {
+		q.file.Close()
+	}
+}
+
+// shortTimeout is how long an open is held up after one whose answer came too late.
+const shortTimeout = 100 * time.Millisecond
+
+// decide returns whether the open may go on, and whether the file is kept.
+func (q *question) decide() (allow, keep bool) {
+	g, c := q.gate, q.gate.gates.config
+	if !q.exec {
+		if elf, err := isELF(q.file); err != nil || !elf {
+			q.ignore(unix.FAN_OPEN_PERM) // no program can have it mapped by the loader; what maps it all the same, the hooks see
+			return true, false
+		}
+	}
+	t, err := readTask(q.task)
+	if err != nil || t.ours {
+		return true, false // it has been killed, or is the agent's
+	}
+	below, known := c.Below(g.owner, t.inum)
+	if known && !below {
+		return true, false
+	}
+	a, err := q.describe(t)
+	if err == nil {
+		ctx, cancel := context.WithTimeout(g.ctx, g.patience())
+		err = c.Ask(ctx, g.owner, a)
+		cancel()
+		g.late(errors.Is(err, context.DeadlineExceeded))
+	}
+	if errors.Is(err, ErrNotConcerned) || g.ctx.Err() != nil {
+		return true, false
+	}
+	if err != nil {
+		c.Log.Warn("not measured before its use", zap.Stringer("ns", g.owner), zap.String("file", q.path(a)), zap.Bool("denied", c.Closed), zap.Error(err))
+		if !c.Closed && errors.Is(err, context.DeadlineExceeded) { // else the hook finds it new to the list
+			c.Missed(g.owner, a, err)
+		}
+		return !c.Closed, false
+	}
+	return true, q.keep(t, a)
+}
+
+func (q *question) path(a *Asked) string {
+	if a == nil {
+		return ""
+	}
+	return a.Event.Path
+}
+
+// ErrNotConcerned is what Ask returns for a task that is not of the namespace or one below it.
+var ErrNotConcerned = errors.New("of another namespace")
+
+func (g *gate) patience() time.Duration {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.timeout {
+		return min(shortTimeout, g.gates.config.Timeout)
+	}
+	return g.gates.config.Timeout
+}
+
+func (g *gate) late(late bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.timeout = late
+}
+
+// ignore has the kernel not ask about the inode again until it is changed.
+func (q *question) ignore(mask uint64) error {
+	return q.gate.change(unix.FAN_MARK_ADD|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(int(q.fd)))
+}
+
+// function is what the open is to rules. What an exec opens after the program is known from the program: a script's interpreter runs, an
+// ELF program's is mapped. Where neither is known, and the file may be such an interpreter, it is both.
+func (q *question) function(kind fileKind) ima.Func {
+	if !q.exec {
+		return ima.MmapCheck
+	}
+	g := q.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	f, known := g.next[q.task]
+	delete(g.next, q.task)
+	switch {
+	case known && f == ima.MmapCheck && kind == interpreter:
+		return ima.MmapCheck
+	case kind == dynamic:
+		if len(g.next) >= 4096 {
+			clear(g.next)
+		}
+		g.next[q.task] = ima.MmapCheck
+	}
+	return ima.BPRMCheck
+}

@@ -1,0 +1,285 @@
+// Package gate holds up whoever opens a file to run it until the file is measured: in the log, and in the TPM.
+//
+// A Gate is one fanotify group for one namespace. It marks that namespace's file systems, so that namespaces which are born in it are held
+// up too, from their first program on; the kernel then asks before each open of a program, script or interpreter (FAN_OPEN_EXEC_PERM), and
+// with All before each open (FAN_OPEN_PERM). The question carries a descriptor of the very file. Content that needs no question any more gets
+// an ignore mark, which the kernel drops when the file is changed (fs/notify/fanotify).
+//
+// # What is promised
+//
+// Every question is answered: within Config.Timeout, and if this process hangs by its guard, a process that has the same groups (Guard).
+// The agent's own opens and those of its descendants are let through unlooked at, so what the answer takes never waits for an answer.
+//
+// # What is not held up
+//
+// Files of file systems that others run (FUSE, network: looking at one could take for ever), memfds, which have no file system that can be
+// marked, and file systems that were mounted since the namespace was last looked at. The hooks see those, and the caller says so in the list.
+package gate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
+)
+
+// Config says what to ask, and how long an answer may take.
+type Config struct {
+	// Ask returns when the file is measured wherever it must be before it is used. Any goroutine calls it.
+	Ask func(ctx context.Context, owner event.MountNS, a *Asked) error
+	// Below reports whether the namespace of an inode number is the owner or below it, and whether that is known yet.
+	Below func(owner event.MountNS, inum uint32) (below, known bool)
+	// Missed is told of a file that is used though Ask did not return in time, or failed.
+	Missed func(owner event.MountNS, a *Asked, because error)
+	// Dropped is told that the guard let all through and took the marks off: whoever had gates opens them again.
+	Dropped func()
+	Timeout time.Duration // that an open is held up at most
+	Closed  bool          // what was not measured by then may not be opened, and nothing may while no agent runs; else it may
+	Log     *zap.Logger
+}
+
+// FileSystem is one that a namespace has mounted.
+type FileSystem struct {
+	Point string // where, below the namespace's root
+	Type  string // as in /proc/filesystems
+}
+
+// Asked is a file that a task is held up in opening.
+type Asked struct {
+	Inum  uint32 // of the task's mount namespace
+	Event *event.File
+	File  *os.File // open for reading, by no other than the kernel itself; valid until Ask returns
+}
+
+// Gates are all gates of the agent.
+type Gates struct {
+	config Config
+	names  *names
+	guard  *guard
+
+	asked atomic.Uint64
+
+	mu    sync.Mutex
+	gates map[event.MountNS]*gate
+	kept  map[uint32][]keptFile // by task
+	keeps int
+}
+
+// New makes gates that hold up nobody yet, and their guard, which is this program with the arguments given. stateFile is where the guard is
+// known by to the next agent.
+func New(c Config, guardArgs []string, stateFile string) (*Gates, error) {
+	names, err := newNames()
+	if err != nil {
+		return nil, fmt.Errorf("gate: %w", err)
+	}
+	g := &Gates{config: c, names: names, gates: make(map[event.MountNS]*gate), kept: make(map[uint32][]keptFile)}
+	g.guard = newGuard(c, guardArgs, stateFile)
+	g.guard.dropped, g.guard.oldest = func() { c.Dropped() }, g.oldest
+	return g, nil
+}
+
+// Ready is called when all gates that an earlier agent had are open again: what its guard holds closed is let go.
+func (g *Gates) Ready() { g.guard.endOld() }
+
+// oldest returns when the question came that waits longest for its answer.
+func (g *Gates) oldest() (oldest time.Time, any bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, one := range g.gates {
+		one.mu.Lock()
+		for _, at := range one.oldest {
+			if !any || at.Before(oldest) {
+				oldest, any = at, true
+			}
+		}
+		one.mu.Unlock()
+	}
+	return oldest, any
+}
+
+// Asked returns how many questions there were.
+func (g *Gates) Asked() uint64 { return g.asked.Load() }
+
+// gate is one namespace's.
+type gate struct {
+	gates *Gates
+	owner event.MountNS
+	group *os.File // the fanotify group
+	all   bool
+	ctx   context.Context // ends with the gate
+	end   context.CancelFunc
+	done  sync.WaitGroup
+	// next is what each task that was asked about will open next in the same exec, as far as its file tells.
+	next map[uint32]ima.Func
+
+	mu      sync.Mutex
+	marked  map[uint64]bool // devices
+	oldest  map[int32]time.Time
+	timeout bool // the last answer came too late: until one comes in time, opens are not held up for long
+}
+
+// Open begins to hold up, or changes what is held up. root is the root folder of the namespace, open for its path only. Errors name the
+// kernel's lack of fanotify, or that none of the file systems can be marked.
+func (g *Gates) Open(owner event.MountNS, root *os.File, systems []FileSystem, all bool) error {
+	if err := g.guard.run(); err != nil {
+		return fmt.Errorf("gate of namespace %v: %w", owner, err)
+	}
+	g.mu.Lock()
+	one := g.gates[owner]
+	g.mu.Unlock()
+	if one != nil && one.all && !all {
+		if err := g.Close(owner); err != nil {
+			return err
+		}
+		one = nil
+	}
+	if one == nil {
+		const flags = unix.FAN_CLASS_CONTENT | unix.FAN_CLOEXEC | unix.FAN_NONBLOCK | unix.FAN_UNLIMITED_QUEUE | unix.FAN_UNLIMITED_MARKS | unix.FAN_REPORT_TID
+		fd, err := unix.FanotifyInit(flags, unix.O_RDONLY|unix.O_LARGEFILE|unix.O_CLOEXEC|unix.O_NONBLOCK)
+		if errors.Is(err, unix.EMFILE) {
+			return fmt.Errorf("gate of namespace %v: %w; raise fs.fanotify.max_user_groups", owner, err)
+		} else if err != nil {
+			return fmt.Errorf("gate of namespace %v: fanotify: %w; the kernel needs CONFIG_FANOTIFY_ACCESS_PERMISSIONS", owner, err)
+		}
+		one = &gate{
+			gates: g, owner: owner, group: os.NewFile(uintptr(fd), "fanotify"), next: make(map[uint32]ima.Func),
+			marked: make(map[uint64]bool), oldest: make(map[int32]time.Time),
+		}
+		one.ctx, one.end = context.WithCancel(context.Background())
+		if err := g.guard.add(owner, one.group); err != nil {
+			one.end()
+			one.group.Close()
+			return fmt.Errorf("gate of namespace %v: %w", owner, err)
+		}
+		one.done.Go(one.read) // before the first mark: nobody waits for a reader
+		g.mu.Lock()
+		g.gates[owner] = one
+		g.mu.Unlock()
+	}
+	one.all = all
+	if n, err := one.mark(root, systems); n == 0 {
+		return errors.Join(fmt.Errorf("gate of namespace %v: none of its file systems can be watched: %w", owner, err), g.Close(owner))
+	}
+	return nil
+}
+
+// mask is what is asked before.
+func (g *gate) mask() uint64 {
+	if g.all {
+		return unix.FAN_OPEN_EXEC_PERM | unix.FAN_OPEN_PERM
+	}
+	return unix.FAN_OPEN_EXEC_PERM
+}
+
+// local are the file systems whose files this kernel itself keeps: looking at one waits for nobody. Beside those of digest.Versioned,
+// overlayfs, whose layers are mostly such.
+var local = map[string]bool{
+	"overlay": true, "ext2": true, "ext3": true, "ext4": true, "xfs": true, "btrfs": true, "tmpfs": true, "ramfs": true, "rootfs": true,
+	"squashfs": true, "erofs": true, "f2fs": true, "bcachefs": true, "iso9660": true, "vfat": true,
+}
+
+// mark has the kernel ask about the file systems, and returns how many it now asks about.
+func (g *gate) mark(root *os.File, systems []FileSystem) (int, error) {
+	errs := []error{errors.New("no local file system")}
+	for _, fs := range systems {
+		if !local[fs.Type] {
+			continue
+		}
+		if err := g.markOne(root, fs); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", fs.Point, err))
+			g.gates.config.Log.Info("not gated", zap.Stringer("ns", g.owner), zap.String("mount", fs.Point), zap.Error(err))
+		}
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.marked), errors.Join(errs...)
+}
+
+func (g *gate) markOne(root *os.File, fs FileSystem) error {
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
+	fd, err := unix.Openat2(int(root.Fd()), fs.Point, &how)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	mask := g.mask()
+	if fs.Point == "/dev" || fs.Point == "/proc" || fs.Point == "/sys" {
+		mask = unix.FAN_OPEN_EXEC_PERM // devices are opened there, and an open has effects
+	}
+	if err := g.change(unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, mask, selfPath(fd)); err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.marked[st.Dev] = true
+	return nil
+}
+
+// change changes the group's marks.
+func (g *gate) change(flags uint, mask uint64, path string) error {
+	return control(g.group, func(fd int) error { return unix.FanotifyMark(fd, flags, mask, unix.AT_FDCWD, path) })
+}
+
+func selfPath(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
+
+// Close holds up nobody any more on behalf of the namespace. Who waits goes on. One that has no gate is no error.
+func (g *Gates) Close(owner event.MountNS) error {
+	g.mu.Lock()
+	one, ok := g.gates[owner]
+	delete(g.gates, owner)
+	g.mu.Unlock()
+	if !ok {
+		return nil
+	}
+	one.end()
+	err := g.guard.remove(owner)
+	return errors.Join(err, one.group.Close()) // when the guard has closed it, too, the kernel lets all through
+}
+
+// Flush has the kernel ask about all files anew, as after a change of what is measured.
+func (g *Gates) Flush(owner event.MountNS) error {
+	g.mu.Lock()
+	one, ok := g.gates[owner]
+	g.mu.Unlock()
+	if !ok {
+		return nil
+	}
+	return one.change(unix.FAN_MARK_FLUSH, 0, "")
+}
+
+// Shutdown closes all gates and ends the guard, unless what is not measured may not run: then the guard holds them closed until a
+// next agent has opened its own.
+func (g *Gates) Shutdown() error {
+	g.mu.Lock()
+	var all []*gate
+	for _, one := range g.gates {
+		all = append(all, one)
+	}
+	g.mu.Unlock()
+	var errs []error
+	if g.config.Closed {
+		g.guard.leave()
+	}
+	for _, one := range all {
+		errs = append(errs, g.Close(one.owner))
+	}
+	for _, one := range all {
+		one.done.Wait()
+	}
+	g.guard.end()
+	g.names.close()
+	return errors.Join(errs...)
+}

@@ -1,0 +1,309 @@
+package gate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/zap/zaptest"
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/proc"
+)
+
+// The guard is the program itself.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 2 && os.Args[1] == "guard" {
+		ms, err := strconv.Atoi(os.Args[2])
+		if err == nil {
+			err = Guard(3, time.Duration(ms)*time.Millisecond, len(os.Args) > 3)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// mounted is a file system of the test's own, with a gate.
+type mounted struct {
+	t       *testing.T
+	dir     string
+	gates   *Gates
+	owner   event.MountNS
+	asked   atomic.Int32
+	missed  atomic.Int32
+	dropped atomic.Int32
+}
+
+func mount(t *testing.T, c Config) *mounted {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root: fanotify permission events")
+	}
+	m := &mounted{t: t, dir: t.TempDir()}
+	if err := unix.Mount("none", m.dir, "tmpfs", 0, ""); err != nil {
+		t.Skipf("needs to mount a tmpfs: %v", err)
+	}
+	t.Cleanup(func() { unix.Unmount(m.dir, unix.MNT_DETACH) })
+	inum, err := proc.Namespace(os.Getpid(), "mnt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.owner = event.MountNS{Inum: inum, ID: 1}
+	ask := c.Ask
+	c.Ask = func(ctx context.Context, owner event.MountNS, a *Asked) error {
+		m.asked.Add(1)
+		return ask(ctx, owner, a)
+	}
+	if c.Below == nil {
+		c.Below = func(event.MountNS, uint32) (bool, bool) { return true, true }
+	}
+	c.Missed = func(event.MountNS, *Asked, error) { m.missed.Add(1) }
+	c.Dropped = func() { m.dropped.Add(1) }
+	c.Log = zaptest.NewLogger(t)
+	if m.gates, err = New(c, []string{"guard"}, filepath.Join(t.TempDir(), "guard.json")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.gates.Shutdown(); err != nil {
+			t.Error(err)
+		}
+	})
+	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	if err := m.gates.Open(m.owner, root, []FileSystem{{m.dir, "tmpfs"}, {"/proc", "proc"}}, false); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// start has a program of its own content run by a process that is no descendant of this one, and returns what exists once it ran.
+func (m *mounted) start(name string) (path, ran string) {
+	m.t.Helper()
+	path, ran = filepath.Join(m.dir, name), filepath.Join(m.dir, name+".ran")
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n: >"+ran+"\n"), 0o755); err != nil {
+		m.t.Fatal(err)
+	}
+	m.run(path)
+	return path, ran
+}
+
+// run waits a moment before the program, in which its parent ends.
+func (m *mounted) run(path string) {
+	m.t.Helper()
+	if out, err := exec.Command("/bin/sh", "-c", "(sleep 0.3; exec "+path+") >/dev/null 2>&1 &").CombinedOutput(); err != nil {
+		m.t.Fatalf("%v %s", err, out)
+	}
+}
+
+func (m *mounted) eventually(what string, holds func() bool) {
+	m.t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !holds(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			m.t.Fatalf("%s: not within 20 s", what)
+		}
+	}
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+func TestAsked(t *testing.T) {
+	release := make(chan struct{})
+	seen := make(chan Asked, 1)
+	m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(_ context.Context, _ event.MountNS, a *Asked) error {
+		seen <- *a
+		<-release
+		return nil
+	}})
+	path, ran := m.start("asked")
+	a := <-seen
+	if a.Event.Path != path || a.Event.Func != ima.BPRMCheck || a.Inum != m.owner.Inum || a.Event.SeenFS.Name != "tmpfs" || a.Event.Nlink != 1 {
+		t.Errorf("asked about %+v in %d", a.Event, a.Inum)
+	}
+	time.Sleep(300 * time.Millisecond)
+	if exists(ran) {
+		t.Error("it did not wait")
+	}
+	close(release)
+	m.eventually("it runs", func() bool { return exists(ran) })
+	if m.missed.Load() != 0 {
+		t.Error("it was told to be missed")
+	}
+}
+
+// What the hook has seen settled is asked about no more, until it is changed.
+func TestSettled(t *testing.T) {
+	seen := make(chan event.File, 10)
+	m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(_ context.Context, _ event.MountNS, a *Asked) error {
+		seen <- *a.Event
+		return nil
+	}})
+	path, ran := m.start("settled")
+	f := <-seen
+	m.eventually("it runs", func() bool { return exists(ran) })
+	m.gates.Settled(&f)
+	again := func() {
+		t.Helper()
+		os.Remove(ran)
+		m.run(path)
+		m.eventually("it runs again", func() bool { return exists(ran) })
+	}
+	again()
+	if n := m.asked.Load(); n != 1 {
+		t.Errorf("%d questions for two runs", n)
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, append(text, "# changed\n"...), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	again()
+	if n := m.asked.Load(); n != 2 {
+		t.Errorf("%d questions after a change, want 2", n)
+	}
+	f = <-seen
+	m.gates.Settled(&f)
+	if err := m.gates.Flush(m.owner); err != nil {
+		t.Fatal(err)
+	}
+	again()
+	if n := m.asked.Load(); n != 3 {
+		t.Errorf("%d questions after all was to be asked about anew, want 3", n)
+	}
+}
+
+func TestTooLate(t *testing.T) {
+	for _, closed := range []bool{false, true} {
+		t.Run(fmt.Sprint(closed), func(t *testing.T) {
+			m := mount(t, Config{Timeout: 200 * time.Millisecond, Closed: closed, Ask: func(ctx context.Context, _ event.MountNS, _ *Asked) error {
+				<-ctx.Done()
+				return ctx.Err()
+			}})
+			_, ran := m.start("late")
+			m.eventually("the question", func() bool { return m.asked.Load() == 1 })
+			if closed {
+				time.Sleep(time.Second)
+				if exists(ran) || m.missed.Load() != 0 {
+					t.Errorf("ran: %v, missed %d", exists(ran), m.missed.Load())
+				}
+				return
+			}
+			m.eventually("it runs", func() bool { return exists(ran) && m.missed.Load() == 1 })
+		})
+	}
+}
+
+// Whoever the gate does not concern is let through unasked: other namespaces' processes, and the agent's own.
+func TestNotConcerned(t *testing.T) {
+	var below atomic.Bool
+	m := mount(t, Config{
+		Timeout: 10 * time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return errors.New("asked") },
+		Below: func(event.MountNS, uint32) (bool, bool) { return below.Load(), true },
+	})
+	path, ran := m.start("foreign")
+	m.eventually("it runs", func() bool { return exists(ran) })
+	below.Store(true)
+	if out, err := exec.Command(path).CombinedOutput(); err != nil {
+		t.Errorf("a child: %v %s", err, out)
+	}
+	if n := m.asked.Load(); n != 0 {
+		t.Errorf("%d questions", n)
+	}
+}
+
+// An agent that does not answer at all is taken for hanging: the guard lets all through.
+func TestGuard(t *testing.T) {
+	hang := make(chan struct{})
+	m := mount(t, Config{Timeout: 200 * time.Millisecond, Ask: func(context.Context, event.MountNS, *Asked) error {
+		<-hang
+		return nil
+	}})
+	t.Cleanup(func() { close(hang) }) // before the gates are shut down, which waits for it
+	_, ran := m.start("hangs")
+	m.eventually("it runs", func() bool { return exists(ran) })
+	_, other := m.start("other")
+	m.eventually("the next runs", func() bool { return exists(other) })
+	if n := m.asked.Load(); n != 1 {
+		t.Errorf("%d questions, though the guard has taken the marks off", n)
+	}
+}
+
+// A guard that is killed is started again, and knows the gates.
+func TestGuardKilled(t *testing.T) {
+	m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
+	g := m.gates.guard
+	pid := func() int {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.conn < 0 {
+			return 0
+		}
+		return g.cmd.Process.Pid
+	}
+	first := pid()
+	if err := unix.Kill(first, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	m.eventually("another guard", func() bool { p := pid(); return p != 0 && p != first })
+	_, ran := m.start("guarded")
+	m.eventually("it runs", func() bool { return exists(ran) && m.asked.Load() == 1 })
+}
+
+func TestOpenRefused(t *testing.T) {
+	m := mount(t, Config{Timeout: time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
+	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	other := event.MountNS{Inum: 1, ID: 2}
+	if err := m.gates.Open(other, root, []FileSystem{{"/proc", "proc"}}, false); err == nil {
+		t.Error("a gate without a file system")
+	}
+	if m.gates.gates[other] != nil {
+		t.Error("it is kept")
+	}
+}
+
+func TestKindOf(t *testing.T) {
+	interp, err := filepath.Glob("/lib*/*/ld-linux*.so.*")
+	if err != nil || len(interp) == 0 {
+		if interp, err = filepath.Glob("/lib64/ld-linux*.so.*"); err != nil || len(interp) == 0 {
+			t.Skip("no dynamic loader")
+		}
+	}
+	script := filepath.Join(t.TempDir(), "script")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]fileKind{"/bin/sh": dynamic, interp[0]: interpreter, script: other} {
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if got := kindOf(f); got != want {
+			t.Errorf("%s: %d, want %d", path, got, want)
+		}
+	}
+}

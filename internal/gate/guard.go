@@ -1,0 +1,411 @@
+package gate
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/proc"
+)
+
+// The agent tells its guard, a message each: a byte of these, and for the first two the namespace's id in 8 bytes and its inode number in 4, little endian.
+const (
+	sayAdd    = 'a' // with the group's descriptor (SCM_RIGHTS)
+	sayRemove = 'r'
+	sayAlive  = 'h'
+	sayLeave  = 'l' // when the agent has ended: hold the gates closed
+	// And the guard the agent:
+	sayDropped = 'd' // it took the agent for hanging and let all through
+)
+
+const (
+	messageSize = 1 + 8 + 4
+
+	aliveEvery = 500 * time.Millisecond
+	// hangAfter is how much longer than the longest answer the agent may be silent.
+	hangAfter = 2 * time.Second
+	// answersMax bounds the numbers of descriptors that the agent's questions may have.
+	answersMax = 1 << 16
+)
+
+// guard is the agent's end of its guard.
+type guard struct {
+	config    Config
+	args      []string
+	stateFile string
+	old       guardState // an earlier agent's
+	// Dropped is called when the guard has let all through.
+	dropped func()
+	oldest  func() (time.Time, bool)
+
+	mu   sync.Mutex
+	conn int // -1: none runs
+	cmd  *exec.Cmd
+	stop chan struct{}
+	held map[event.MountNS]*os.File
+}
+
+// guardState names a running guard.
+type guardState struct {
+	PID   int    `json:"pid"`
+	Start string `json:"start"` // field 22 of /proc/PID/stat
+}
+
+func newGuard(c Config, args []string, stateFile string) *guard {
+	g := &guard{config: c, args: args, stateFile: stateFile, conn: -1, held: make(map[event.MountNS]*os.File)}
+	if b, err := os.ReadFile(stateFile); err == nil {
+		if err := json.Unmarshal(b, &g.old); err != nil {
+			c.Log.Warn("an earlier agent's guard is not known", zap.Error(err))
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		c.Log.Warn("an earlier agent's guard is not known", zap.Error(err))
+	}
+	return g
+}
+
+// run starts the guard if none runs.
+func (g *guard) run() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.conn >= 0 {
+		return nil
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("start the guard: %w", err)
+	}
+	end := os.NewFile(uintptr(pair[1]), "guard")
+	defer end.Close()
+	args := append(append([]string(nil), g.args...), fmt.Sprint((g.config.Timeout + hangAfter).Milliseconds()))
+	if g.config.Closed {
+		args = append(args, "closed")
+	}
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.ExtraFiles = []*os.File{end} // and no output: whoever reads the agent's waits for its end
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		unix.Close(pair[0])
+		return fmt.Errorf("start the guard: %w", err)
+	}
+	g.conn, g.cmd, g.stop = pair[0], cmd, make(chan struct{})
+	if err := g.record(); err != nil {
+		g.config.Log.Warn("the next agent will not know the guard", zap.Error(err))
+	}
+	for ns, group := range g.held {
+		if err := g.send(sayAdd, ns, group); err != nil {
+			return err
+		}
+	}
+	go g.tell(g.conn, g.stop)
+	go g.listen(g.conn, cmd)
+	return nil
+}
+
+func (g *guard) record() error {
+	fields, err := proc.Stat(g.cmd.Process.Pid)
+	if err != nil {
+		return err
+	}
+	b, err := json.Marshal(guardState{g.cmd.Process.Pid, fields[proc.StatStart]})
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(g.stateFile, b)
+}
+
+// tell says that the agent answers, as long as it does.
+func (g *guard) tell(conn int, stop chan struct{}) {
+	tick := time.NewTicker(aliveEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-stop:
+			return
+		case <-tick.C:
+		}
+		if at, any := g.oldest(); any && time.Since(at) > g.config.Timeout+hangAfter/2 {
+			continue // a question is not answered as it must be
+		}
+		if err := unix.Send(conn, []byte{sayAlive}, unix.MSG_NOSIGNAL); err != nil {
+			return // listen sees why
+		}
+	}
+}
+
+// listen waits for what the guard says, and for its end: then another is started.
+func (g *guard) listen(conn int, cmd *exec.Cmd) {
+	buf := make([]byte, 16)
+	for {
+		n, err := unix.Read(conn, buf)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if n <= 0 {
+			break
+		}
+		if buf[0] == sayDropped {
+			g.config.Log.Error("the gates were open: this process did not answer in time, and its guard let all through")
+			g.dropped()
+		}
+	}
+	cmd.Wait()
+	g.mu.Lock()
+	ended := g.conn != conn
+	if !ended {
+		close(g.stop)
+		g.conn = -1
+	}
+	g.mu.Unlock()
+	unix.Close(conn)
+	if !ended {
+		g.config.Log.Error("the gates' guard was ended; another one is started")
+		if err := g.run(); err != nil {
+			g.config.Log.Error("the gates have no guard", zap.Error(err))
+		}
+	}
+}
+
+func (g *guard) add(ns event.MountNS, group *os.File) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.held[ns] = group
+	return g.send(sayAdd, ns, group)
+}
+
+func (g *guard) remove(ns event.MountNS) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.held, ns)
+	if g.conn < 0 {
+		return nil
+	}
+	return g.send(sayRemove, ns, nil)
+}
+
+// send is called with g.mu held.
+func (g *guard) send(what byte, ns event.MountNS, group *os.File) error {
+	message := binary.LittleEndian.AppendUint64([]byte{what}, ns.ID)
+	message = binary.LittleEndian.AppendUint32(message, ns.Inum)
+	if group == nil {
+		return unix.Sendmsg(g.conn, message, nil, nil, unix.MSG_NOSIGNAL)
+	}
+	return control(group, func(fd int) error { return unix.Sendmsg(g.conn, message, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL) })
+}
+
+// leave has the guard hold the gates closed when this process has ended.
+func (g *guard) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.conn >= 0 {
+		if err := unix.Send(g.conn, []byte{sayLeave}, unix.MSG_NOSIGNAL); err != nil {
+			g.config.Log.Error("the gates will be open", zap.Error(err))
+		}
+	}
+}
+
+// end lets go of the guard, which ends.
+func (g *guard) end() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.conn >= 0 {
+		close(g.stop)
+		unix.Shutdown(g.conn, unix.SHUT_RDWR) // listen closes it
+		g.conn = -1
+	}
+}
+
+// endOld ends the guard of an earlier agent, which holds that one's gates closed.
+func (g *guard) endOld() {
+	if g.old.PID == 0 {
+		return
+	}
+	fields, err := proc.Stat(g.old.PID)
+	if err == nil && fields[proc.StatStart] == g.old.Start {
+		if err := unix.Kill(g.old.PID, unix.SIGTERM); err != nil {
+			g.config.Log.Error("an earlier agent's gates stay closed", zap.Int("guard", g.old.PID), zap.Error(err))
+		}
+	}
+	g.old = guardState{}
+}
+
+// control calls f with a file's descriptor, which stays open meanwhile. Unlike Fd it leaves the file's mode alone.
+func control(file *os.File, f func(fd int) error) error {
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var result error
+	if err := raw.Control(func(fd uintptr) { result = f(int(fd)) }); err != nil {
+		return err
+	}
+	return result
+}
+
+// Guard is the guard's own work, in a process of its own: conn is the socket to the agent. While the agent says nothing for longer than
+// patience, all who wait are let through, or turned away if closed, and the marks are taken off. It returns when the agent has ended; if
+// closed, and the agent did not end its gates itself, it goes on turning all away instead, until it is killed.
+func Guard(conn int, patience time.Duration, closed bool) error {
+	w := &watch{conn: conn, closed: closed, groups: make(map[event.MountNS]int)}
+	buf, oob := make([]byte, 64), make([]byte, unix.CmsgSpace(4))
+	last, hangs := time.Now(), false
+	for {
+		wait := 100 * time.Millisecond
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(conn), Events: unix.POLLIN}}, int(wait.Milliseconds()))
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		if n > 0 {
+			size, oobn, _, _, err := unix.Recvmsg(conn, buf, oob, unix.MSG_CMSG_CLOEXEC)
+			if errors.Is(err, unix.EINTR) {
+				continue
+			}
+			if err != nil || size == 0 {
+				return w.orphaned()
+			}
+			if hangs {
+				hangs = false
+				unix.Send(conn, []byte{sayDropped}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+			}
+			last = time.Now()
+			if err := w.heard(buf[:size], oob[:oobn]); err != nil {
+				return err
+			}
+			continue
+		}
+		if !hangs && time.Since(last) > patience {
+			hangs = true
+			w.takeOver()
+		}
+		if hangs {
+			w.answer()
+		}
+	}
+}
+
+// watch is what the guard knows.
+type watch struct {
+	conn   int
+	closed bool
+	leave  bool
+	groups map[event.MountNS]int
+}
+
+func (w *watch) heard(message, oob []byte) error {
+	switch {
+	case message[0] == sayLeave:
+		w.leave = true
+	case message[0] == sayAdd && len(message) == messageSize:
+		controls, err := unix.ParseSocketControlMessage(oob)
+		if err != nil || len(controls) != 1 {
+			return fmt.Errorf("a group without a descriptor: %w", err)
+		}
+		fds, err := unix.ParseUnixRights(&controls[0])
+		if err != nil || len(fds) != 1 {
+			return fmt.Errorf("a group without a descriptor: %w", err)
+		}
+		w.groups[namespaceIn(message)] = fds[0]
+	case message[0] == sayRemove && len(message) == messageSize && !w.leave:
+		ns := namespaceIn(message)
+		if fd, ok := w.groups[ns]; ok {
+			unix.Close(fd)
+			delete(w.groups, ns)
+		}
+	}
+	return nil
+}
+
+func namespaceIn(message []byte) event.MountNS {
+	return event.MountNS{ID: binary.LittleEndian.Uint64(message[1:]), Inum: binary.LittleEndian.Uint32(message[9:])}
+}
+
+// orphaned is what to do when the agent has ended.
+func (w *watch) orphaned() error {
+	if !w.closed || len(w.groups) == 0 {
+		return nil // the kernel lets all through who wait
+	}
+	w.takeOver()
+	for {
+		w.answer()
+		var fds []unix.PollFd
+		for _, fd := range w.groups {
+			fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+		}
+		if _, err := unix.Poll(fds, 1000); err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
+// takeOver takes the marks off, unless closed, and answers what the agent was asked and did not answer: which descriptors those questions
+// have there is not known here, but the kernel refuses numbers that none has.
+func (w *watch) takeOver() {
+	for _, group := range w.groups {
+		if !w.closed {
+			unix.FanotifyMark(group, unix.FAN_MARK_FLUSH|unix.FAN_MARK_FILESYSTEM, 0, unix.AT_FDCWD, "")
+		}
+		for fd := range int32(answersMax) {
+			w.respond(group, fd, w.closed)
+		}
+	}
+}
+
+// answer answers all that is asked now.
+func (w *watch) answer() {
+	buf := make([]byte, 4096)
+	for ns, group := range w.groups {
+		for {
+			n, err := unix.Read(group, buf)
+			if err != nil || n <= 0 {
+				break
+			}
+			for at := 0; at+int(unix.FAN_EVENT_METADATA_LEN) <= n; {
+				m := (*unix.FanotifyEventMetadata)(unsafe.Pointer(&buf[at]))
+				at += int(m.Event_len)
+				if m.Fd >= 0 {
+					w.respond(group, m.Fd, w.closed && isBelow(ns.Inum, int(m.Pid)))
+					unix.Close(int(m.Fd))
+				}
+			}
+		}
+	}
+}
+
+// isBelow reports whether a task is in a mount namespace, or descends from one that is: a file system may be others' too. Who knows which
+// namespaces are below which has ended.
+func isBelow(inum uint32, pid int) bool {
+	for n := 0; pid > 1 && n < 64; n++ {
+		if of, err := proc.Namespace(pid, "mnt"); err == nil && of == inum {
+			return true
+		}
+		fields, err := proc.Stat(pid)
+		if err != nil {
+			return false
+		}
+		if pid, err = strconv.Atoi(fields[proc.StatParent]); err != nil {
+			return false
+		}
+	}
+	return false
+}
+
+func (w *watch) respond(group int, fd int32, deny bool) {
+	r := unix.FanotifyResponse{Fd: fd, Response: unix.FAN_ALLOW}
+	if deny {
+		r.Response = unix.FAN_DENY
+	}
+	unix.Write(group, (*[unsafe.Sizeof(r)]byte)(unsafe.Pointer(&r))[:])
+}

@@ -1,0 +1,105 @@
+package gate
+
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/event"
+)
+
+// keptFile is a file that was let through and is kept open until its hook has told of it: whether its content needs no question any more
+// only the kernel side can know. An open file keeps its file system mounted, so it is not kept for long.
+type keptFile struct {
+	question *question
+	asked    *Asked
+	until    time.Time
+}
+
+const (
+	keepFor = 10 * time.Second
+	keepMax = 1024
+)
+
+// keep reports whether the file is kept.
+func (q *question) keep(t task, a *Asked) bool {
+	g := q.gate.gates
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.expire(time.Now())
+	if g.keeps >= keepMax {
+		return false // asked about again next time
+	}
+	g.kept[t.process.PID] = append(g.kept[t.process.PID], keptFile{q, a, time.Now().Add(keepFor)})
+	g.keeps++
+	return true
+}
+
+// expire closes what was kept in vain. g.mu is held.
+func (g *Gates) expire(now time.Time) {
+	for task, files := range g.kept {
+		for len(files) > 0 && files[0].until.Before(now) {
+			files[0].question.file.Close()
+			files = files[1:]
+			g.keeps--
+		}
+		if g.kept[task] = files; len(files) == 0 {
+			delete(g.kept, task)
+		}
+	}
+}
+
+// Expire closes what was kept in vain.
+func (g *Gates) Expire() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.expire(time.Now())
+}
+
+// Settled takes note that the hook saw a file whose content is measured in all lists concerned and needs no event any more, so it needs no
+// question either.
+func (g *Gates) Settled(f *event.File) {
+	g.mu.Lock()
+	var settled []keptFile
+	kept := g.kept[f.Process.PID][:0]
+	for _, k := range g.kept[f.Process.PID] {
+		if k.is(f) {
+			settled = append(settled, k)
+		} else {
+			kept = append(kept, k)
+		}
+	}
+	g.keeps -= len(settled)
+	if g.kept[f.Process.PID] = kept; len(kept) == 0 {
+		delete(g.kept, f.Process.PID)
+	}
+	g.mu.Unlock()
+	for _, k := range settled {
+		k.settle()
+	}
+}
+
+func (k keptFile) is(f *event.File) bool {
+	e := k.asked.Event
+	return e.Func == f.Func && e.Path == f.Path && e.Content.Size == f.Content.Size && e.Content.CtimeSec == f.Content.CtimeSec &&
+		e.Content.CtimeNsec == f.Content.CtimeNsec
+}
+
+// settle lets the kernel ask no more. A change before the ignore mark was there did not drop it, so the file is looked at after.
+func (k keptFile) settle() {
+	q := k.question
+	defer q.file.Close()
+	mask := uint64(unix.FAN_OPEN_PERM)
+	if q.exec {
+		mask = unix.FAN_OPEN_EXEC_PERM
+	}
+	if q.ignore(mask) != nil {
+		return // gone, or closed: asked again
+	}
+	var st unix.Statx_t
+	err := unix.Statx(int(q.fd), "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS, &st)
+	c := k.asked.Event.Content
+	if err != nil || st.Size != c.Size || st.Ctime.Sec != c.CtimeSec || st.Ctime.Nsec != c.CtimeNsec {
+		q.gate.change(unix.FAN_MARK_REMOVE|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(int(q.fd)))
+	}
+}

@@ -1,0 +1,337 @@
+//go:build vm
+
+package guest
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// gated is a mount namespace with a gate, on the machine's own file systems.
+type gated struct {
+	*agent
+	t   *testing.T
+	pid int
+	ns  string
+	dir string // a folder on ext4 that it sees
+	tpm string // process number of its vTPM
+
+	stopped time.Duration // how long waits stops the vTPM
+}
+
+// startGated makes a namespace and gives it a gate.
+func startGated(t *testing.T, a *agent, mode string) *gated {
+	t.Helper()
+	cmd := exec.Command("unshare", "--mount", "--propagation", "private", "sleep", "infinity")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	g := &gated{agent: a, t: t, pid: cmd.Process.Pid, dir: tempDir(t, "/srv"), stopped: 2 * time.Second}
+	own := mountNS(t, os.Getpid())
+	for deadline := time.Now().Add(time.Minute); mountNS(t, g.pid) == own || !strings.Contains(readFile(t, fmt.Sprintf("/proc/%d/comm", g.pid)), "sleep"); {
+		if time.Now().After(deadline) {
+			t.Fatal("unshare does not run sleep")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	g.ns = fmt.Sprint(mountNS(t, g.pid))
+	g.settled(g.ns)
+	g.tpm = g.swtpmOf(fmt.Sprintf("%s/run/tpm/%s-", a.dir, g.ns))
+	g.cli("ns", "gate", g.ns, mode)
+	return g
+}
+
+// command is a program that runs in the namespace.
+func (g *gated) command(name string, args ...string) *exec.Cmd {
+	return exec.CommandContext(g.t.Context(), "nsenter", append([]string{"--target", strconv.Itoa(g.pid), "--mount", "--", name}, args...)...)
+}
+
+func (g *gated) runs(name string, args ...string) {
+	g.t.Helper()
+	if out, err := g.command(name, args...).CombinedOutput(); err != nil {
+		g.t.Errorf("%s: %v %s", name, err, out)
+	}
+}
+
+// script makes a script that tells when it ran by making a file.
+func (g *gated) script(name string) (path, ran string) {
+	g.t.Helper()
+	path, ran = filepath.Join(g.dir, name), filepath.Join(g.dir, name+".ran")
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n: >"+ran+"\n"), 0o755); err != nil {
+		g.t.Fatal(err)
+	}
+	return path, ran
+}
+
+func (g *gated) signalTPM(s syscall.Signal) {
+	g.t.Helper()
+	pid, err := strconv.Atoi(g.tpm)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	if err := syscall.Kill(pid, s); err != nil {
+		g.t.Fatal(err)
+	}
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// violations counts the violations of its list by name.
+func (g *gated) violations() map[string]int {
+	g.t.Helper()
+	_, violations := names(g.list(g.ns))
+	return violations
+}
+
+// waits checks that a script waits while the TPM takes nothing, and runs when it does.
+func (g *gated) waits(name string) {
+	g.t.Helper()
+	path, ran := g.script(name)
+	g.runs("/bin/sh", "-c", ":") // what the script needs is measured
+	g.signalTPM(syscall.SIGSTOP)
+	cmd := g.command(path)
+	if err := cmd.Start(); err != nil {
+		g.t.Fatal(err)
+	}
+	time.Sleep(g.stopped)
+	early := exists(ran)
+	g.signalTPM(syscall.SIGCONT)
+	if err := cmd.Wait(); err != nil {
+		g.t.Errorf("%s: %v", path, err)
+	}
+	if early {
+		g.t.Errorf("%s ran while its TPM did not have it", path)
+	}
+	if !exists(ran) {
+		g.t.Errorf("%s did not run", path)
+	}
+	if measured, violations := names(g.list(g.ns)); measured[path] != 1 || violations[path] != 0 {
+		g.t.Errorf("%s: %d entries, violations %v", path, measured[path], violations)
+	}
+}
+
+// A gated program waits until its entry is in the TPM; the next time, and the file unchanged, nobody is asked.
+func TestNeverSilentGate(t *testing.T) {
+	a := startAgent(t, "--namespaces", "all", "--gate-timeout", "20s")
+	g := startGated(t, a, "exec")
+	g.waits("first")
+	if v := g.violations(); len(v) != 0 {
+		t.Errorf("violations %v", v)
+	}
+
+	t.Run("nested", func(t *testing.T) {
+		path, ran := g.script("nested")
+		g.runs("unshare", "--mount", path)
+		if !exists(ran) || len(g.violations()) != 0 {
+			t.Errorf("ran: %v, violations %v", exists(ran), g.violations())
+		}
+		if measured, _ := names(g.list(g.ns)); measured[path] != 1 {
+			t.Errorf("%d entries", measured[path])
+		}
+	})
+	t.Run("asked once", func(t *testing.T) {
+		path := filepath.Join(g.dir, "again")
+		makeProgram(t, path)
+		time.Sleep(100 * time.Millisecond) // younger than its clock's step, a content is never settled
+		g.runs(path)
+		g.runs(path)
+		before := g.asked()
+		g.runs("/bin/sh", "-c", "for i in 1 2 3 4 5 6 7 8 9 10; do "+path+"; done")
+		if n := g.asked() - before; n >= 10 { // nsenter is the machine's: about that one it asks each time
+			t.Errorf("%d questions for ten runs", n)
+		}
+		if err := os.WriteFile(path, tinyProgram("changed"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		g.runs(path)
+		if measured, violations := names(g.list(g.ns)); measured[path] != 2 || len(violations) != 0 {
+			t.Errorf("after a change: %d entries, violations %v", measured[path], violations)
+		}
+	})
+	t.Run("first act", func(t *testing.T) {
+		n := sized(20, 1000, 1000)
+		log := filepath.Join(a.dir, "state/boots", strings.TrimSpace(readFile(t, "/proc/sys/kernel/random/boot_id")), "ns")
+		folders, err := filepath.Glob(log + "/" + g.ns + "-*")
+		if err != nil || len(folders) != 1 {
+			t.Fatalf("folders %v, %v", folders, err)
+		}
+		load := startLoad(t, tempDir(t, "/root"), 1<<30, 1)
+		for i := range n {
+			path := fmt.Sprintf("%s/act%d", g.dir, i)
+			text := fmt.Sprintf("#!/usr/local/bin/firstact %s/binary_runtime_measurements %s/run/agent.sock %s\n# %d\n", folders[0], a.dir, g.ns, i)
+			if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			g.signalTPM(syscall.SIGSTOP)
+			cont := time.AfterFunc(100*time.Millisecond, func() { g.signalTPM(syscall.SIGCONT) })
+			g.runs(path)
+			cont.Stop()
+			g.signalTPM(syscall.SIGCONT)
+			os.Remove(path)
+		}
+		load.stop()
+		if v := g.violations(); len(v) != 0 {
+			t.Errorf("violations %v", v)
+		}
+	})
+	t.Run("out of reach", func(t *testing.T) { // a file system that is mounted later, and a file without one
+		path := g.dir + "/mnt/late"
+		if err := os.Mkdir(g.dir+"/mnt", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		g.runs("mount", "-t", "tmpfs", "none", g.dir+"/mnt")
+		g.runs("cp", "/bin/true", path)
+		g.runs(path)
+		if v := g.violations(); v[path] != 1 {
+			t.Errorf("violations %v", v)
+		}
+	})
+	a.verifyNow(g.ns)
+	g.cli("ns", "gate", g.ns, "off")
+	path, ran := g.script("off")
+	g.signalTPM(syscall.SIGSTOP)
+	g.runs(path)
+	g.signalTPM(syscall.SIGCONT)
+	if !exists(ran) {
+		t.Error("without a gate a program waits")
+	}
+}
+
+// asked is how many questions were answered.
+func (g *gated) asked() uint64 {
+	g.t.Helper()
+	s, err := g.client().Status(g.t.Context())
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	return s.Asked
+}
+
+// An answer that comes too late lets the program run, and the list says so; a closed gate does not.
+func TestNeverSilentGateTooLate(t *testing.T) {
+	sample(t, "6.12")
+	for _, closed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("closed=%v", closed), func(t *testing.T) {
+			args := []string{"--namespaces", "all", "--gate-timeout", "1s"}
+			if closed {
+				args = append(args, "--gate-closed")
+			}
+			g := startGated(t, startAgent(t, args...), "exec")
+			g.runs("/bin/sh", "-c", ":")
+			path, ran := g.script("late")
+			g.signalTPM(syscall.SIGSTOP)
+			out, err := g.command(path).CombinedOutput()
+			g.signalTPM(syscall.SIGCONT)
+			if exists(ran) == closed || (err == nil) == closed {
+				t.Errorf("ran: %v, %v %s", exists(ran), err, out)
+			}
+			g.settled(g.ns)
+			if v := g.violations(); !closed && v[path] != 1 || closed && len(v) != 0 {
+				t.Errorf("violations %v", v)
+			}
+			inTime, _ := g.script("in time") // until one is, opens wait a tenth of a second
+			g.runs(inTime)
+			g.stopped = 500 * time.Millisecond
+			g.waits("afterwards")
+		})
+	}
+}
+
+func (g *gated) waitsFor(what string, holds func() bool) {
+	g.t.Helper()
+	for deadline := time.Now().Add(time.Minute); !holds(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			g.t.Fatalf("%s: not within a minute", what)
+		}
+	}
+}
+
+// An agent that hangs holds up nobody for long: its guard lets all through. When it goes on, so does the gate, and the list tells of what ran.
+func TestNeverSilentGateHangs(t *testing.T) {
+	sample(t, "6.18")
+	g := startGated(t, startAgent(t, "--namespaces", "all", "--gate-timeout", "3s"), "exec")
+	g.runs("/bin/sh", "-c", ":")
+	path, ran := g.script("hangs")
+	g.cmd.Process.Signal(syscall.SIGSTOP)
+	began := time.Now()
+	g.runs(path)
+	if took := time.Since(began); took > 30*time.Second || !exists(ran) {
+		t.Errorf("ran: %v, after %v", exists(ran), took)
+	}
+	sh(t, "true") // the machine itself is not held up
+	g.cmd.Process.Signal(syscall.SIGCONT)
+	g.waitsFor("what ran is told of", func() bool { return g.violations()[path] >= 1 })
+	g.waitsUntilGated()
+}
+
+// waitsUntilGated returns when programs wait for the TPM again.
+func (g *gated) waitsUntilGated() {
+	g.t.Helper()
+	next := 0
+	g.waitsFor("the gate is back", func() bool {
+		path, ran := g.script(fmt.Sprintf("back%d", next))
+		next++
+		g.signalTPM(syscall.SIGSTOP)
+		cmd := g.command(path)
+		if err := cmd.Start(); err != nil {
+			g.t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		early := exists(ran)
+		g.signalTPM(syscall.SIGCONT)
+		cmd.Wait()
+		return !early
+	})
+}
+
+// What runs while there is no agent is told of when there is one again, and the gate is back. A closed gate lets nothing run meanwhile, but
+// what it does not concern.
+func TestNeverSilentGateKilled(t *testing.T) {
+	sample(t, "6.1")
+	for _, closed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("closed=%v", closed), func(t *testing.T) {
+			args := []string{"--namespaces", "all", "--gate-timeout", "20s"}
+			if closed {
+				args = append(args, "--gate-closed")
+			}
+			g := startGated(t, startAgent(t, args...), "exec")
+			g.runs("/bin/sh", "-c", ":")
+			path, ran := g.script("between")
+			g.signal(syscall.SIGKILL)
+			out, err := g.command(path).CombinedOutput()
+			if exists(ran) == closed || (err == nil) == closed {
+				t.Errorf("ran: %v, %v %s", exists(ran), err, out)
+			}
+			own := tempDir(t, "/root") + "/own"
+			makeProgram(t, own)
+			runProgram(t, own)
+			g.start()
+			if v := g.violations(); !closed && v[path] != 1 || closed && len(v) != 0 {
+				t.Errorf("violations %v", v)
+			}
+			again, ran := g.script("again")
+			g.waitsFor("the gate is back", func() bool { return g.command(again).Run() == nil })
+			if closed && g.violations()[again] != 0 {
+				t.Errorf("violations %v", g.violations())
+			}
+			if !exists(ran) {
+				t.Error("it did not run")
+			}
+			g.waitsUntilGated()
+		})
+	}
+}
