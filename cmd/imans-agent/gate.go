@@ -17,14 +17,18 @@ const guardSocket = 3
 // newGuard is the process that opens the gates when the agent hangs.
 func newGuard() *cobra.Command {
 	return &cobra.Command{
-		Use: agent.GuardCommand + " MILLISECONDS [closed]", Hidden: true, Args: cobra.RangeArgs(1, 2),
-		Short: "let all through that waits at a gate when the agent does not answer; the agent runs it",
+		Use: agent.GuardCommand + " AGENT MILLISECONDS [closed]", Hidden: true, Args: cobra.RangeArgs(2, 3),
+		Short: "take the questions of gates, and answer them when the agent does not; the agent runs it",
 		RunE: func(_ *cobra.Command, args []string) error {
-			ms, err := strconv.Atoi(args[0])
-			if err != nil || ms <= 0 {
-				return usageError{fmt.Errorf("%q: want milliseconds", args[0])}
+			pid, err := strconv.Atoi(args[0])
+			if err != nil || pid <= 0 {
+				return usageError{fmt.Errorf("%q: want a process number", args[0])}
 			}
-			return gate.Guard(guardSocket, time.Duration(ms)*time.Millisecond, len(args) > 1 && args[1] == "closed")
+			ms, err := strconv.Atoi(args[1])
+			if err != nil || ms <= 0 {
+				return usageError{fmt.Errorf("%q: want milliseconds", args[1])}
+			}
+			return gate.Guard(guardSocket, pid, time.Duration(ms)*time.Millisecond, len(args) > 2 && args[2] == "closed")
 		},
 	}
 }

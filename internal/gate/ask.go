@@ -10,56 +10,62 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/ima"
 )
 
-// read takes questions until the group is closed. Each is answered by a goroutine of its own, so that none waits for another.
-func (g *gate) read() {
-	buf := make([]byte, 4096)
-	for {
-		n, err := g.group.Read(buf)
-		if errors.Is(err, os.ErrClosed) {
-			return
-		} else if err != nil {
-			// An event whose file can't be opened is answered by the kernel itself.
-			g.gates.config.Log.Warn("read questions", zap.Stringer("ns", g.owner), zap.Error(err))
-			time.Sleep(time.Millisecond)
-			continue
-		}
-		for at := 0; at+int(unix.FAN_EVENT_METADATA_LEN) <= n; {
-			m := (*unix.FanotifyEventMetadata)(unsafe.Pointer(&buf[at]))
-			at += int(m.Event_len)
-			if m.Fd < 0 || m.Mask&(unix.FAN_OPEN_EXEC_PERM|unix.FAN_OPEN_PERM) == 0 {
-				continue
-			}
-			q := question{gate: g, file: os.NewFile(uintptr(m.Fd), "asked"), fd: m.Fd, task: uint32(m.Pid), exec: m.Mask&unix.FAN_OPEN_EXEC_PERM != 0}
-			g.gates.asked.Add(1)
-			g.mu.Lock()
-			g.oldest[m.Fd] = time.Now()
-			g.mu.Unlock()
-			g.done.Go(q.answer)
-		}
+// takes is told of a question by the guard. Each is answered by a goroutine of its own, so that none waits for another.
+func (g *Gates) takes(owner event.MountNS, task uint32, number int32, exec bool, file *os.File) {
+	g.mu.Lock()
+	one, ok := g.gates[owner]
+	if ok {
+		one.done.Add(1)
 	}
+	g.mu.Unlock()
+	if !ok {
+		file.Close() // closed meanwhile: the guard lets it through
+		return
+	}
+	g.asked.Add(1)
+	one.mu.Lock()
+	one.oldest[number] = time.Now()
+	one.mu.Unlock()
+	q := &question{gate: one, file: file, fd: fdOf(file), number: number, task: task, exec: exec}
+	go func() {
+		defer one.done.Done()
+		q.answer()
+	}()
+}
+
+// fdOf returns a descriptor without changing its mode.
+func fdOf(file *os.File) (fd int32) {
+	control(file, func(n int) error {
+		fd = int32(n)
+		return nil
+	})
+	return fd
 }
 
 // question is one open that is held up.
 type question struct {
 	gate *gate
 	file *os.File
-	fd   int32
-	task uint32
-	exec bool // to be run; else opened for whatever purpose
+	fd   int32 // of file
+	// number is what the answer names: the question's descriptor in the guard.
+	number int32
+	task   uint32
+	exec   bool // to be run; else opened for whatever purpose
 }
 
 // answer lets the open go on, or not.
 func (q *question) answer() {
 	allow, keep := q.decide()
-	r := unix.FanotifyResponse{Fd: q.fd, Response: unix.FAN_ALLOW}
+	r := unix.FanotifyResponse{Fd: q.number, Response: unix.FAN_ALLOW}
 	if !allow {
 		r.Response = unix.FAN_DENY
 	}
 	q.gate.mu.Lock()
-	delete(q.gate.oldest, q.fd)
+	delete(q.gate.oldest, q.number)
 	q.gate.mu.Unlock()
 	written := control(q.gate.group, func(fd int) error {
 		_, err := unix.Write(fd, (*[unsafe.Sizeof(r)]byte)(unsafe.Pointer(&r))[:])
@@ -69,6 +75,7 @@ func (q *question) answer() {
 	if written != nil && !errors.Is(written, unix.ENOENT) && !errors.Is(written, os.ErrClosed) {
 		q.gate.gates.config.Log.Error("answer", zap.Stringer("ns", q.gate.owner), zap.Error(written))
 	}
+	q.gate.gates.guard.answered(q.number)
 	if !keep {
 		q.file.Close()
 	}
@@ -87,8 +94,8 @@ func (q *question) decide() (allow, keep bool) {
 		}
 	}
 	t, err := readTask(q.task)
-	if err != nil || t.ours {
-		return true, false // it has been killed, or is the agent's
+	if err != nil {
+		return true, false // it has been killed
 	}
 	below, known := c.Below(g.owner, t.inum)
 	if known && !below {

@@ -7,8 +7,8 @@
 //
 // # What is promised
 //
-// Every question is answered: within Config.Timeout, and if this process hangs by its guard, a process that has the same groups (Guard).
-// The agent's own opens and those of its descendants are let through unlooked at, so what the answer takes never waits for an answer.
+// Every question is answered: within Config.Timeout, and if this process hangs by its guard, a process that takes the questions (Guard).
+// The agent's own opens and those of its descendants the guard lets through, so what the answer takes never waits for an answer.
 //
 // # What is not held up
 //
@@ -83,7 +83,7 @@ func New(c Config, guardArgs []string, stateFile string) (*Gates, error) {
 	}
 	g := &Gates{config: c, names: names, gates: make(map[event.MountNS]*gate), kept: make(map[uint32][]keptFile)}
 	g.guard = newGuard(c, guardArgs, stateFile)
-	g.guard.dropped, g.guard.oldest = func() { c.Dropped() }, g.oldest
+	g.guard.dropped, g.guard.asked, g.guard.oldest = func() { c.Dropped() }, g.takes, g.oldest
 	return g, nil
 }
 
@@ -155,15 +155,12 @@ func (g *Gates) Open(owner event.MountNS, root *os.File, systems []FileSystem, a
 			marked: make(map[uint64]bool), oldest: make(map[int32]time.Time),
 		}
 		one.ctx, one.end = context.WithCancel(context.Background())
-		if err := g.guard.add(owner, one.group); err != nil {
-			one.end()
-			one.group.Close()
-			return fmt.Errorf("gate of namespace %v: %w", owner, err)
-		}
-		one.done.Go(one.read) // before the first mark: nobody waits for a reader
 		g.mu.Lock()
 		g.gates[owner] = one
 		g.mu.Unlock()
+		if err := g.guard.add(owner, one.group); err != nil { // before the first mark: nobody waits for a reader
+			return errors.Join(fmt.Errorf("gate of namespace %v: %w", owner, err), g.Close(owner))
+		}
 	}
 	one.all = all
 	if n, err := one.mark(root, systems); n == 0 {

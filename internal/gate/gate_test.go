@@ -22,10 +22,11 @@ import (
 
 // The guard is the program itself.
 func TestMain(m *testing.M) {
-	if len(os.Args) > 2 && os.Args[1] == "guard" {
-		ms, err := strconv.Atoi(os.Args[2])
-		if err == nil {
-			err = Guard(3, time.Duration(ms)*time.Millisecond, len(os.Args) > 3)
+	if len(os.Args) > 3 && os.Args[1] == "guard" {
+		agent, err := strconv.Atoi(os.Args[2])
+		ms, err2 := strconv.Atoi(os.Args[3])
+		if err = errors.Join(err, err2); err == nil {
+			err = Guard(3, agent, time.Duration(ms)*time.Millisecond, len(os.Args) > 4)
 		}
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -71,7 +72,10 @@ func mount(t *testing.T, c Config) *mounted {
 		c.Below = func(event.MountNS, uint32) (bool, bool) { return true, true }
 	}
 	c.Missed = func(event.MountNS, *Asked, error) { m.missed.Add(1) }
-	c.Dropped = func() { m.dropped.Add(1) }
+	c.Dropped = func() {
+		m.open()
+		m.dropped.Add(1)
+	}
 	c.Log = zaptest.NewLogger(t)
 	if m.gates, err = New(c, []string{"guard"}, filepath.Join(t.TempDir(), "guard.json")); err != nil {
 		t.Fatal(err)
@@ -81,15 +85,20 @@ func mount(t *testing.T, c Config) *mounted {
 			t.Error(err)
 		}
 	})
+	m.open()
+	return m
+}
+
+func (m *mounted) open() {
 	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
-		t.Fatal(err)
+		m.t.Error(err)
+		return
 	}
 	defer root.Close()
 	if err := m.gates.Open(m.owner, root, []FileSystem{{m.dir, "tmpfs"}, {"/proc", "proc"}}, false); err != nil {
-		t.Fatal(err)
+		m.t.Error(err)
 	}
-	return m
 }
 
 // start has a program of its own content run by a process that is no descendant of this one, and returns what exists once it ran.
@@ -264,7 +273,7 @@ func TestGuardKilled(t *testing.T) {
 	if err := unix.Kill(first, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	m.eventually("another guard", func() bool { p := pid(); return p != 0 && p != first })
+	m.eventually("another guard", func() bool { p := pid(); return p != 0 && p != first && m.dropped.Load() == 1 })
 	_, ran := m.start("guarded")
 	m.eventually("it runs", func() bool { return exists(ran) && m.asked.Load() == 1 })
 }

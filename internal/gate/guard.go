@@ -1,6 +1,7 @@
 package gate
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -22,24 +23,27 @@ import (
 	"imans.dev/imans-agent/internal/proc"
 )
 
-// The agent tells its guard, a message each: a byte of these, and for the first two the namespace's id in 8 bytes and its inode number in 4, little endian.
+// The agent tells its guard, a message each: a byte of these and a namespace, which is its id in 8 bytes and its inode number in 4, little
+// endian, or for sayAnswered a question's number in 4.
 const (
-	sayAdd    = 'a' // with the group's descriptor (SCM_RIGHTS)
-	sayRemove = 'r'
-	sayAlive  = 'h'
-	sayLeave  = 'l' // when the agent has ended: hold the gates closed
+	sayAdd      = 'a' // with the group's descriptor (SCM_RIGHTS)
+	sayRemove   = 'r'
+	sayAlive    = 'h' // alone
+	sayLeave    = 'l' // alone; when the agent has ended: hold the gates closed
+	sayAnswered = 'n' // alone but for the number
 	// And the guard the agent:
-	sayDropped = 'd' // it took the agent for hanging and let all through
+	sayAsked   = 'q' // the namespace, the task in 4 bytes, the question's number in 4, 1 in one if the file is to run; with the file's descriptor
+	sayDropped = 'd' // alone; it took the agent for hanging and let all through
 )
 
 const (
-	messageSize = 1 + 8 + 4
+	messageSize  = 1 + 8 + 4
+	askedSize    = messageSize + 4 + 4 + 1
+	answeredSize = 1 + 4
 
 	aliveEvery = 500 * time.Millisecond
 	// hangAfter is how much longer than the longest answer the agent may be silent.
 	hangAfter = 2 * time.Second
-	// answersMax bounds the numbers of descriptors that the agent's questions may have.
-	answersMax = 1 << 16
 )
 
 // guard is the agent's end of its guard.
@@ -50,6 +54,7 @@ type guard struct {
 	old       guardState // an earlier agent's
 	// Dropped is called when the guard has let all through.
 	dropped func()
+	asked   func(owner event.MountNS, task uint32, number int32, exec bool, file *os.File)
 	oldest  func() (time.Time, bool)
 
 	mu   sync.Mutex
@@ -90,7 +95,7 @@ func (g *guard) run() error {
 	}
 	end := os.NewFile(uintptr(pair[1]), "guard")
 	defer end.Close()
-	args := append(append([]string(nil), g.args...), fmt.Sprint((g.config.Timeout + hangAfter).Milliseconds()))
+	args := append(append([]string(nil), g.args...), fmt.Sprint(os.Getpid()), fmt.Sprint((g.config.Timeout + hangAfter).Milliseconds()))
 	if g.config.Closed {
 		args = append(args, "closed")
 	}
@@ -148,18 +153,27 @@ func (g *guard) tell(conn int, stop chan struct{}) {
 
 // listen waits for what the guard says, and for its end: then another is started.
 func (g *guard) listen(conn int, cmd *exec.Cmd) {
-	buf := make([]byte, 16)
+	buf, oob := make([]byte, askedSize), make([]byte, unix.CmsgSpace(4))
 	for {
-		n, err := unix.Read(conn, buf)
+		n, oobn, _, _, err := unix.Recvmsg(conn, buf, oob, unix.MSG_CMSG_CLOEXEC)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
-		if n <= 0 {
+		if err != nil || n == 0 {
 			break
 		}
-		if buf[0] == sayDropped {
+		switch {
+		case buf[0] == sayDropped:
 			g.config.Log.Error("the gates were open: this process did not answer in time, and its guard let all through")
 			g.dropped()
+		case buf[0] == sayAsked && n == askedSize:
+			fd, err := descriptorIn(oob[:oobn])
+			if err != nil {
+				g.config.Log.Error("a question without a file", zap.Error(err))
+				continue
+			}
+			task, number := binary.LittleEndian.Uint32(buf[messageSize:]), binary.LittleEndian.Uint32(buf[messageSize+4:])
+			g.asked(namespaceIn(buf), task, int32(number), buf[askedSize-1] == 1, os.NewFile(uintptr(fd), "asked"))
 		}
 	}
 	cmd.Wait()
@@ -172,9 +186,26 @@ func (g *guard) listen(conn int, cmd *exec.Cmd) {
 	g.mu.Unlock()
 	unix.Close(conn)
 	if !ended {
-		g.config.Log.Error("the gates' guard was ended; another one is started")
+		g.config.Log.Error("the gates were open: their guard was ended; another one is started")
+		g.unmark() // nobody answers, and the new one has to be run
 		if err := g.run(); err != nil {
-			g.config.Log.Error("the gates have no guard", zap.Error(err))
+			g.config.Log.Error("the gates stay open: they have no guard", zap.Error(err))
+			return
+		}
+		g.dropped()
+	}
+}
+
+// unmark takes all marks on file systems off.
+func (g *guard) unmark() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for ns, group := range g.held {
+		err := control(group, func(fd int) error {
+			return unix.FanotifyMark(fd, unix.FAN_MARK_FLUSH|unix.FAN_MARK_FILESYSTEM, 0, unix.AT_FDCWD, "")
+		})
+		if err != nil {
+			g.config.Log.Error("take marks off", zap.Stringer("ns", ns), zap.Error(err))
 		}
 	}
 }
@@ -198,12 +229,23 @@ func (g *guard) remove(ns event.MountNS) error {
 
 // send is called with g.mu held.
 func (g *guard) send(what byte, ns event.MountNS, group *os.File) error {
-	message := binary.LittleEndian.AppendUint64([]byte{what}, ns.ID)
-	message = binary.LittleEndian.AppendUint32(message, ns.Inum)
+	message := appendNamespace([]byte{what}, ns)
 	if group == nil {
 		return unix.Sendmsg(g.conn, message, nil, nil, unix.MSG_NOSIGNAL)
 	}
 	return control(group, func(fd int) error { return unix.Sendmsg(g.conn, message, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL) })
+}
+
+// answered says that the question with that number was answered.
+func (g *guard) answered(number int32) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.conn >= 0 {
+		message := binary.LittleEndian.AppendUint32([]byte{sayAnswered}, uint32(number))
+		if err := unix.Send(g.conn, message, unix.MSG_NOSIGNAL); err != nil {
+			g.config.Log.Warn("tell the guard of an answer", zap.Error(err))
+		}
+	}
 }
 
 // leave has the guard hold the gates closed when this process has ended.
@@ -255,20 +297,23 @@ func control(file *os.File, f func(fd int) error) error {
 	return result
 }
 
-// Guard is the guard's own work, in a process of its own: conn is the socket to the agent. While the agent says nothing for longer than
-// patience, all who wait are let through, or turned away if closed, and the marks are taken off. It returns when the agent has ended; if
-// closed, and the agent did not end its gates itself, it goes on turning all away instead, until it is killed.
-func Guard(conn int, patience time.Duration, closed bool) error {
-	w := &watch{conn: conn, closed: closed, groups: make(map[event.MountNS]int)}
-	buf, oob := make([]byte, 64), make([]byte, unix.CmsgSpace(4))
+// Guard is the guard's own work, in a process of its own: conn is the socket to the agent, whose process number is given. It takes all
+// questions. Those about what the agent and its descendants open it answers at once: the agent could not, as Go runs nothing else on a
+// processor whose thread waits for a child's exec, nor collects garbage. The others it hands on.
+//
+// While the agent says nothing for longer than patience, all who wait are let through, or turned away if closed, and the marks are taken
+// off. It returns when the agent has ended; if closed, and the agent did not end its gates itself, it goes on turning all away instead,
+// until it is killed.
+func Guard(conn, agent int, patience time.Duration, closed bool) error {
+	w := &watch{conn: conn, agent: agent, closed: closed, groups: make(map[event.MountNS]int), waiting: make(map[int32]int)}
+	buf, oob := make([]byte, messageSize), make([]byte, unix.CmsgSpace(4))
 	last, hangs := time.Now(), false
 	for {
-		wait := 100 * time.Millisecond
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(conn), Events: unix.POLLIN}}, int(wait.Milliseconds()))
-		if err != nil && !errors.Is(err, unix.EINTR) {
+		ready, err := w.poll(conn)
+		if err != nil {
 			return err
 		}
-		if n > 0 {
+		if ready {
 			size, oobn, _, _, err := unix.Recvmsg(conn, buf, oob, unix.MSG_CMSG_CLOEXEC)
 			if errors.Is(err, unix.EINTR) {
 				continue
@@ -284,48 +329,80 @@ func Guard(conn int, patience time.Duration, closed bool) error {
 			if err := w.heard(buf[:size], oob[:oobn]); err != nil {
 				return err
 			}
-			continue
 		}
 		if !hangs && time.Since(last) > patience {
 			hangs = true
 			w.takeOver()
 		}
-		if hangs {
-			w.answer()
-		}
+		w.questions(!hangs)
 	}
 }
 
 // watch is what the guard knows.
 type watch struct {
-	conn   int
-	closed bool
-	leave  bool
-	groups map[event.MountNS]int
+	conn    int // to the agent
+	agent   int
+	closed  bool
+	leave   bool
+	groups  map[event.MountNS]int
+	waiting map[int32]int // questions that were handed on, by their numbers, which are descriptors; and their groups
+}
+
+// poll waits a moment for the agent to say something, which it reports, or for a question. conn may be none: -1.
+func (w *watch) poll(conn int) (bool, error) {
+	fds := []unix.PollFd{{Fd: int32(conn), Events: unix.POLLIN}}
+	for _, fd := range w.groups {
+		fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+	}
+	if _, err := unix.Poll(fds, 100); err != nil && !errors.Is(err, unix.EINTR) {
+		return false, err
+	}
+	return fds[0].Revents != 0, nil
 }
 
 func (w *watch) heard(message, oob []byte) error {
 	switch {
 	case message[0] == sayLeave:
 		w.leave = true
+	case message[0] == sayAnswered && len(message) == answeredSize:
+		number := int32(binary.LittleEndian.Uint32(message[1:]))
+		if _, ok := w.waiting[number]; ok {
+			delete(w.waiting, number)
+			unix.Close(int(number))
+		}
 	case message[0] == sayAdd && len(message) == messageSize:
-		controls, err := unix.ParseSocketControlMessage(oob)
-		if err != nil || len(controls) != 1 {
-			return fmt.Errorf("a group without a descriptor: %w", err)
+		fd, err := descriptorIn(oob)
+		if err != nil {
+			return err
 		}
-		fds, err := unix.ParseUnixRights(&controls[0])
-		if err != nil || len(fds) != 1 {
-			return fmt.Errorf("a group without a descriptor: %w", err)
-		}
-		w.groups[namespaceIn(message)] = fds[0]
+		w.groups[namespaceIn(message)] = fd
 	case message[0] == sayRemove && len(message) == messageSize && !w.leave:
 		ns := namespaceIn(message)
-		if fd, ok := w.groups[ns]; ok {
-			unix.Close(fd)
+		if group, ok := w.groups[ns]; ok {
 			delete(w.groups, ns)
+			for number, of := range w.waiting {
+				if of == group {
+					w.respond(group, number, false)
+					delete(w.waiting, number)
+					unix.Close(int(number))
+				}
+			}
+			unix.Close(group)
 		}
 	}
 	return nil
+}
+
+// descriptorIn returns the one descriptor of a control message.
+func descriptorIn(oob []byte) (int, error) {
+	controls, err := unix.ParseSocketControlMessage(oob)
+	if err == nil && len(controls) == 1 {
+		var fds []int
+		if fds, err = unix.ParseUnixRights(&controls[0]); err == nil && len(fds) == 1 {
+			return fds[0], nil
+		}
+	}
+	return -1, fmt.Errorf("a message without a descriptor: %w", cmp.Or(err, errors.ErrUnsupported))
 }
 
 func namespaceIn(message []byte) event.MountNS {
@@ -339,56 +416,80 @@ func (w *watch) orphaned() error {
 	}
 	w.takeOver()
 	for {
-		w.answer()
-		var fds []unix.PollFd
-		for _, fd := range w.groups {
-			fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
-		}
-		if _, err := unix.Poll(fds, 1000); err != nil && !errors.Is(err, unix.EINTR) {
+		w.questions(false)
+		if _, err := w.poll(-1); err != nil {
 			return err
 		}
 	}
 }
 
-// takeOver takes the marks off, unless closed, and answers what the agent was asked and did not answer: which descriptors those questions
-// have there is not known here, but the kernel refuses numbers that none has.
+// takeOver answers what the agent was asked and did not answer, and takes the marks off, unless closed.
 func (w *watch) takeOver() {
 	for _, group := range w.groups {
 		if !w.closed {
 			unix.FanotifyMark(group, unix.FAN_MARK_FLUSH|unix.FAN_MARK_FILESYSTEM, 0, unix.AT_FDCWD, "")
 		}
-		for fd := range int32(answersMax) {
-			w.respond(group, fd, w.closed)
-		}
 	}
+	for number, group := range w.waiting {
+		w.respond(group, number, w.closed) // one that was answered meanwhile is no question any more
+		unix.Close(int(number))
+	}
+	clear(w.waiting)
 }
 
-// answer answers all that is asked now.
-func (w *watch) answer() {
+// questions takes all that is asked now, and hands on what the agent is to answer.
+func (w *watch) questions(handOn bool) {
 	buf := make([]byte, 4096)
 	for ns, group := range w.groups {
 		for {
 			n, err := unix.Read(group, buf)
 			if err != nil || n <= 0 {
-				break
+				break // of an event whose file can't be opened the kernel disposes itself
 			}
 			for at := 0; at+int(unix.FAN_EVENT_METADATA_LEN) <= n; {
 				m := (*unix.FanotifyEventMetadata)(unsafe.Pointer(&buf[at]))
 				at += int(m.Event_len)
-				if m.Fd >= 0 {
-					w.respond(group, m.Fd, w.closed && isBelow(ns.Inum, int(m.Pid)))
-					unix.Close(int(m.Fd))
+				if m.Fd < 0 {
+					continue
 				}
+				ours := handOn && isBelow(int(m.Pid), func(pid int) bool { return pid == w.agent })
+				if !ours && handOn && w.handOn(ns, m) {
+					w.waiting[m.Fd] = group
+					continue
+				}
+				inside := func(pid int) bool {
+					of, err := proc.Namespace(pid, "mnt")
+					return err == nil && of == ns.Inum
+				}
+				w.respond(group, m.Fd, !ours && w.closed && isBelow(int(m.Pid), inside))
+				unix.Close(int(m.Fd))
 			}
 		}
 	}
 }
 
-// isBelow reports whether a task is in a mount namespace, or descends from one that is: a file system may be others' too. Who knows which
-// namespaces are below which has ended.
-func isBelow(inum uint32, pid int) bool {
-	for n := 0; pid > 1 && n < 64; n++ {
-		if of, err := proc.Namespace(pid, "mnt"); err == nil && of == inum {
+// handOn gives the agent a question; false: it has too many that it did not take.
+func (w *watch) handOn(ns event.MountNS, m *unix.FanotifyEventMetadata) bool {
+	message := appendNamespace([]byte{sayAsked}, ns)
+	message = binary.LittleEndian.AppendUint32(message, uint32(m.Pid))
+	message = binary.LittleEndian.AppendUint32(message, uint32(m.Fd))
+	exec := byte(0)
+	if m.Mask&unix.FAN_OPEN_EXEC_PERM != 0 {
+		exec = 1
+	}
+	return unix.Sendmsg(w.conn, append(message, exec), unix.UnixRights(int(m.Fd)), nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT) == nil
+}
+
+func appendNamespace(message []byte, ns event.MountNS) []byte {
+	return binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint64(message, ns.ID), ns.Inum)
+}
+
+// isBelow reports whether a task is one of those meant, or descends from one. With a file system that others have too, and without the agent,
+// nobody knows better which of them are in a namespace or below it.
+func isBelow(pid int, meant func(pid int) bool) bool {
+	const descent = 64
+	for n := 0; pid > 1 && n < descent; n++ {
+		if meant(pid) {
 			return true
 		}
 		fields, err := proc.Stat(pid)

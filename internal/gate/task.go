@@ -18,11 +18,7 @@ type task struct {
 	process event.Process
 	subject event.Subject
 	caps    uint64 // effective
-	ours    bool   // the agent or a descendant of it
 }
-
-// descent bounds how many generations of a task are looked at: swtpm_setup runs swtpm.
-const descent = 8
 
 func readTask(tid uint32) (task, error) {
 	status, err := readStatus(int(tid))
@@ -35,18 +31,6 @@ func readTask(tid uint32) (task, error) {
 		return task{}, fmt.Errorf("read status of task %d: no ids", tid)
 	}
 	t.subject = event.Subject{UID: uids[0], EUID: uids[1], SUID: uids[2], GID: gids[0], EGID: gids[1], SGID: gids[2]}
-	self := os.Getpid()
-	for pid, n := int(t.process.TGID), 0; pid > 1 && n < descent; n++ {
-		if pid == self {
-			t.ours = true
-			return t, nil
-		}
-		parent, err := readStatus(pid)
-		if err != nil {
-			break
-		}
-		pid = int(parent.number("PPid"))
-	}
 	t.inum, err = proc.Namespace(int(tid), "mnt")
 	return t, err
 }

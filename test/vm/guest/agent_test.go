@@ -283,11 +283,11 @@ func exits(t *testing.T, name string, args ...string) (int, string) {
 // short reports whether IMANS_SHORT is set: there is little time, so what differs in surroundings only is left out.
 func short() bool { return os.Getenv("IMANS_SHORT") != "" }
 
-// sample leaves a test that depends little on the kernel to one of them, if IMANS_SAMPLE is set: there is little time, and all run.
-func sample(t *testing.T, kernel string) {
+// sample leaves a test that depends little on the kernel to some of them, if IMANS_SAMPLE is set: there is little time, and all run.
+func sample(t *testing.T, kernels ...string) {
 	t.Helper()
-	if os.Getenv("IMANS_SAMPLE") != "" && os.Getenv("IMANS_VM_KERNEL") != kernel {
-		t.Skipf("in this run on %s alone", kernel)
+	if os.Getenv("IMANS_SAMPLE") != "" && !slices.Contains(kernels, os.Getenv("IMANS_VM_KERNEL")) {
+		t.Skipf("in this run on %s alone", strings.Join(kernels, " and "))
 	}
 }
 

@@ -93,6 +93,7 @@ func (a *agent) eachOnce(digests map[string]string, all bool) {
 }
 
 func TestMainJobShortLivedProcesses(t *testing.T) {
+	sample(t, "6.18")
 	n := sized(300, 2000, 10000)
 	for _, mode := range []string{"kernel", "agent"} {
 		t.Run(mode, func(t *testing.T) {
@@ -111,6 +112,7 @@ func TestMainJobShortLivedProcesses(t *testing.T) {
 
 // A ring buffer that is too small loses events, and the list says how many.
 func TestMainJobLossesAreViolations(t *testing.T) {
+	sample(t, "6.12")
 	const n = 300
 	a := startAgent(t, "--ring-size", "4")
 	a.cmd.Process.Signal(syscall.SIGSTOP)
@@ -180,6 +182,7 @@ func (a *agent) killedUnderLoad(kills int) map[string]string {
 
 // The agent is killed again and again while programs run: each is in the list once, and the PCR replays.
 func TestMainJobKilledUnderLoad(t *testing.T) {
+	sample(t, "6.12")
 	a := startAgent(t)
 	digests := a.killedUnderLoad(sized(5, 10, 100))
 	right, violations := a.found(digests)

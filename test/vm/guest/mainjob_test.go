@@ -15,6 +15,7 @@ import (
 
 // What runs in a namespace is in its list and its ancestors', each by its own policy, and in nobody else's.
 func TestMainJobTwoContainers(t *testing.T) {
+	sample(t, "6.1")
 	a := newAgent(t)
 	// Children don't name what user 1234 owns; the native policy does.
 	a.args = append(a.args, "--ns-policy", a.write("ns-policy", "dont_measure fowner=1234\n"+execPolicy))
@@ -188,6 +189,7 @@ func TestMainJobInodeNumberReuse(t *testing.T) {
 
 // Changed content is measured again, unchanged content is not, whoever changes it and however it is reached.
 func TestMainJobChangedContent(t *testing.T) {
+	sample(t, "6.1", "6.18")
 	for _, mode := range []string{"kernel", "agent"} {
 		t.Run(mode, func(t *testing.T) {
 			a := startAgent(t, "--digest", mode)

@@ -126,6 +126,7 @@ func (g *gated) waits(name string) {
 
 // A gated program waits until its entry is in the TPM; the next time, and the file unchanged, nobody is asked.
 func TestNeverSilentGate(t *testing.T) {
+	sample(t, "6.1", "6.12")
 	a := startAgent(t, "--namespaces", "all", "--gate-timeout", "20s")
 	g := startGated(t, a, "exec")
 	g.waits("first")
@@ -208,6 +209,30 @@ func TestNeverSilentGate(t *testing.T) {
 	g.signalTPM(syscall.SIGCONT)
 	if !exists(ran) {
 		t.Error("without a gate a program waits")
+	}
+}
+
+// With all, what a program maps executable waits too.
+func TestNeverSilentGateAll(t *testing.T) {
+	sample(t, "6.12")
+	g := startGated(t, startAgent(t, "--namespaces", "all", "--gate-timeout", "20s"), "all")
+	library, ran := filepath.Join(g.dir, "lib.so"), filepath.Join(g.dir, "ran")
+	sh(t, "cp -L $(ldd /bin/ls | grep -o '/[^ ]*/libselinux[^ ]*\\|/[^ ]*/libc.so[^ ]*' | head -n 1) "+library+" && echo unique >>"+library)
+	line := "LD_PRELOAD=" + library + " /bin/ls / >/dev/null && : >" + ran
+	g.runs("/bin/sh", "-c", "/bin/ls / >/dev/null") // all but the library is measured
+	g.signalTPM(syscall.SIGSTOP)
+	cmd := g.command("/bin/sh", "-c", line)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2 * time.Second)
+	early := exists(ran)
+	g.signalTPM(syscall.SIGCONT)
+	if err := cmd.Wait(); err != nil || early || !exists(ran) {
+		t.Errorf("%v; it ran early: %v, ran: %v", err, early, exists(ran))
+	}
+	if measured, violations := names(g.list(g.ns)); measured[library] != 1 || len(violations) != 0 {
+		t.Errorf("%d entries, violations %v", measured[library], violations)
 	}
 }
 

@@ -141,6 +141,7 @@ func TestWindowAttach(t *testing.T) {
 
 // A container's user finds what the kernel's own IMA would show.
 func TestWindowScripts(t *testing.T) {
+	sample(t, "6.12")
 	scripts := []string{"activation", "policy", "barrier", "prompt", "remeasure", "ids", "siblings", "nested", "tools", "end"}
 	a := startAgent(t, "--namespaces", "lazy")
 	for _, kind := range kinds() {
@@ -194,6 +195,7 @@ func TestWindowComingToBe(t *testing.T) {
 
 // A vTPM that takes its time holds up nobody: not its own namespace's list, nor another's.
 func TestWindowComingToBeBeforeTheTPM(t *testing.T) {
+	sample(t, "6.18")
 	a := newAgent(t, "--namespaces", "lazy")
 	slow := a.write("slow-swtpm", "#!/bin/sh\nsleep 15\nexec swtpm \"$@\"\n")
 	if err := os.Chmod(slow, 0o755); err != nil {
