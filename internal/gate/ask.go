@@ -57,9 +57,10 @@ type question struct {
 	exec   bool // to be run; else opened for whatever purpose
 }
 
-// answer lets the open go on, or not.
+// answer lets the open go on, or not. By then the file is not open for reading here any more: that would make it one in use.
 func (q *question) answer() {
-	allow, keep := q.decide()
+	allow := q.decide()
+	q.file.Close()
 	r := unix.FanotifyResponse{Fd: q.number, Response: unix.FAN_ALLOW}
 	if !allow {
 		r.Response = unix.FAN_DENY
@@ -76,30 +77,24 @@ func (q *question) answer() {
 		q.gate.gates.config.Log.Error("answer", zap.Stringer("ns", q.gate.owner), zap.Error(written))
 	}
 	q.gate.gates.guard.answered(q.number)
-	if !keep {
-		q.file.Close()
-	}
 }
 
-// shortTimeout is how long an open is held up after one whose answer came too late.
-const shortTimeout = 100 * time.Millisecond
-
-// decide returns whether the open may go on, and whether the file is kept.
-func (q *question) decide() (allow, keep bool) {
+// decide returns whether the open may go on.
+func (q *question) decide() bool {
 	g, c := q.gate, q.gate.gates.config
 	if !q.exec {
 		if elf, err := isELF(q.file); err != nil || !elf {
-			q.ignore(unix.FAN_OPEN_PERM) // no program can have it mapped by the loader; what maps it all the same, the hooks see
-			return true, false
+			q.ignore(q.fd, unix.FAN_OPEN_PERM) // no program can have it mapped by the loader; what maps it all the same, the hooks see
+			return true
 		}
 	}
 	t, err := readTask(q.task)
 	if err != nil {
-		return true, false // it has been killed
+		return true // it has been killed
 	}
 	below, known := c.Below(g.owner, t.inum)
 	if known && !below {
-		return true, false
+		return true
 	}
 	a, err := q.describe(t)
 	if err == nil {
@@ -109,16 +104,17 @@ func (q *question) decide() (allow, keep bool) {
 		g.late(errors.Is(err, context.DeadlineExceeded))
 	}
 	if errors.Is(err, ErrNotConcerned) || g.ctx.Err() != nil {
-		return true, false
+		return true
 	}
 	if err != nil {
 		c.Log.Warn("not measured before its use", zap.Stringer("ns", g.owner), zap.String("file", q.path(a)), zap.Bool("denied", c.Closed), zap.Error(err))
 		if !c.Closed && errors.Is(err, context.DeadlineExceeded) { // else the hook finds it new to the list
 			c.Missed(g.owner, a, err)
 		}
-		return !c.Closed, false
+		return !c.Closed
 	}
-	return true, q.keep(t, a)
+	q.keep(t, a)
+	return true
 }
 
 func (q *question) path(a *Asked) string {
@@ -131,13 +127,16 @@ func (q *question) path(a *Asked) string {
 // ErrNotConcerned is what Ask returns for a task that is not of the namespace or one below it.
 var ErrNotConcerned = errors.New("of another namespace")
 
+// patience is how long an open is held up: a quarter of the time after one whose answer came too late, where what is not measured may run
+// all the same. A machine whose TPM is dead is to be slow, not to stand still.
 func (g *gate) patience() time.Duration {
+	c := g.gates.config
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.timeout {
-		return min(shortTimeout, g.gates.config.Timeout)
+	if g.timeout && !c.Closed {
+		return c.Timeout / 4
 	}
-	return g.gates.config.Timeout
+	return c.Timeout
 }
 
 func (g *gate) late(late bool) {
@@ -147,8 +146,8 @@ func (g *gate) late(late bool) {
 }
 
 // ignore has the kernel not ask about the inode again until it is changed.
-func (q *question) ignore(mask uint64) error {
-	return q.gate.change(unix.FAN_MARK_ADD|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(int(q.fd)))
+func (q *question) ignore(fd int32, mask uint64) error {
+	return q.gate.change(unix.FAN_MARK_ADD|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(int(fd)))
 }
 
 // function is what the open is to rules. What an exec opens after the program is known from the program: a script's interpreter runs, an

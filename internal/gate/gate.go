@@ -124,7 +124,7 @@ type gate struct {
 	mu      sync.Mutex
 	marked  map[uint64]bool // devices
 	oldest  map[int32]time.Time
-	timeout bool // the last answer came too late: until one comes in time, opens are not held up for long
+	timeout bool // the last answer came too late
 }
 
 // Open begins to hold up, or changes what is held up. root is the root folder of the namespace, open for its path only. Errors name the

@@ -305,7 +305,11 @@ func control(file *os.File, f func(fd int) error) error {
 // off. It returns when the agent has ended; if closed, and the agent did not end its gates itself, it goes on turning all away instead,
 // until it is killed.
 func Guard(conn, agent int, patience time.Duration, closed bool) error {
-	w := &watch{conn: conn, agent: agent, closed: closed, groups: make(map[event.MountNS]int), waiting: make(map[int32]int)}
+	null, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open /dev/null: %w", err)
+	}
+	w := &watch{conn: conn, agent: agent, null: null, closed: closed, groups: make(map[event.MountNS]int), waiting: make(map[int32]int)}
 	buf, oob := make([]byte, messageSize), make([]byte, unix.CmsgSpace(4))
 	last, hangs := time.Now(), false
 	for {
@@ -342,6 +346,7 @@ func Guard(conn, agent int, patience time.Duration, closed bool) error {
 type watch struct {
 	conn    int // to the agent
 	agent   int
+	null    int
 	closed  bool
 	leave   bool
 	groups  map[event.MountNS]int
@@ -454,6 +459,8 @@ func (w *watch) questions(handOn bool) {
 				}
 				ours := handOn && isBelow(int(m.Pid), func(pid int) bool { return pid == w.agent })
 				if !ours && handOn && w.handOn(ns, m) {
+					// The number is taken until it is answered, but the file is not open here any more, as one in use would be.
+					unix.Dup3(w.null, int(m.Fd), unix.O_CLOEXEC)
 					w.waiting[m.Fd] = group
 					continue
 				}

@@ -1,6 +1,7 @@
 package gate
 
 import (
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -9,9 +10,11 @@ import (
 )
 
 // keptFile is a file that was let through and is kept open until its hook has told of it: whether its content needs no question any more
-// only the kernel side can know. An open file keeps its file system mounted, so it is not kept for long.
+// only the kernel side can know. It is open for its path only, so it counts as no reader; but it keeps its file system mounted, so it is not
+// kept for long.
 type keptFile struct {
 	question *question
+	file     *os.File
 	asked    *Asked
 	until    time.Time
 }
@@ -21,25 +24,28 @@ const (
 	keepMax = 1024
 )
 
-// keep reports whether the file is kept.
-func (q *question) keep(t task, a *Asked) bool {
+// keep keeps the file, if there are not too many: then it is asked about again next time.
+func (q *question) keep(t task, a *Asked) {
 	g := q.gate.gates
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.expire(time.Now())
 	if g.keeps >= keepMax {
-		return false // asked about again next time
+		return
 	}
-	g.kept[t.process.PID] = append(g.kept[t.process.PID], keptFile{q, a, time.Now().Add(keepFor)})
+	fd, err := unix.Open(selfPath(int(q.fd)), unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	g.kept[t.process.PID] = append(g.kept[t.process.PID], keptFile{q, os.NewFile(uintptr(fd), "kept"), a, time.Now().Add(keepFor)})
 	g.keeps++
-	return true
 }
 
 // expire closes what was kept in vain. g.mu is held.
 func (g *Gates) expire(now time.Time) {
 	for task, files := range g.kept {
 		for len(files) > 0 && files[0].until.Before(now) {
-			files[0].question.file.Close()
+			files[0].file.Close()
 			files = files[1:]
 			g.keeps--
 		}
@@ -87,19 +93,19 @@ func (k keptFile) is(f *event.File) bool {
 
 // settle lets the kernel ask no more. A change before the ignore mark was there did not drop it, so the file is looked at after.
 func (k keptFile) settle() {
-	q := k.question
-	defer q.file.Close()
+	defer k.file.Close()
+	q, fd := k.question, fdOf(k.file)
 	mask := uint64(unix.FAN_OPEN_PERM)
 	if q.exec {
 		mask = unix.FAN_OPEN_EXEC_PERM
 	}
-	if q.ignore(mask) != nil {
+	if q.ignore(fd, mask) != nil {
 		return // gone, or closed: asked again
 	}
 	var st unix.Statx_t
-	err := unix.Statx(int(q.fd), "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS, &st)
+	err := unix.Statx(int(fd), "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS, &st)
 	c := k.asked.Event.Content
 	if err != nil || st.Size != c.Size || st.Ctime.Sec != c.CtimeSec || st.Ctime.Nsec != c.CtimeNsec {
-		q.gate.change(unix.FAN_MARK_REMOVE|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(int(q.fd)))
+		q.gate.change(unix.FAN_MARK_REMOVE|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(int(fd)))
 	}
 }

@@ -126,7 +126,7 @@ func (g *gated) waits(name string) {
 
 // A gated program waits until its entry is in the TPM; the next time, and the file unchanged, nobody is asked.
 func TestNeverSilentGate(t *testing.T) {
-	sample(t, "6.1", "6.12")
+	sample(t, "6.1", "6.18")
 	a := startAgent(t, "--namespaces", "all", "--gate-timeout", "20s")
 	g := startGated(t, a, "exec")
 	g.waits("first")
@@ -251,7 +251,7 @@ func TestNeverSilentGateTooLate(t *testing.T) {
 	sample(t, "6.12")
 	for _, closed := range []bool{false, true} {
 		t.Run(fmt.Sprintf("closed=%v", closed), func(t *testing.T) {
-			args := []string{"--namespaces", "all", "--gate-timeout", "1s"}
+			args := []string{"--namespaces", "all", "--gate-timeout", "4s"}
 			if closed {
 				args = append(args, "--gate-closed")
 			}
@@ -268,7 +268,7 @@ func TestNeverSilentGateTooLate(t *testing.T) {
 			if v := g.violations(); !closed && v[path] != 1 || closed && len(v) != 0 {
 				t.Errorf("violations %v", v)
 			}
-			inTime, _ := g.script("in time") // until one is, opens wait a tenth of a second
+			inTime, _ := g.script("in time") // until one is, opens wait a quarter of the time
 			g.runs(inTime)
 			g.stopped = 500 * time.Millisecond
 			g.waits("afterwards")
