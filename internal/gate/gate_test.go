@@ -257,25 +257,29 @@ func TestGuard(t *testing.T) {
 	}
 }
 
-// A guard that is killed is started again, and knows the gates.
-func TestGuardKilled(t *testing.T) {
-	m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
-	g := m.gates.guard
-	pid := func() int {
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		if g.conn < 0 {
-			return 0
-		}
-		return g.cmd.Process.Pid
+// A guard that is killed, or hangs, is replaced, and the new one knows the gates.
+func TestGuardLost(t *testing.T) {
+	for name, signal := range map[string]unix.Signal{"killed": unix.SIGKILL, "hangs": unix.SIGSTOP} {
+		t.Run(name, func(t *testing.T) {
+			m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
+			g := m.gates.guard
+			pid := func() int {
+				g.mu.Lock()
+				defer g.mu.Unlock()
+				if g.conn < 0 {
+					return 0
+				}
+				return g.cmd.Process.Pid
+			}
+			first := pid()
+			if err := unix.Kill(first, signal); err != nil {
+				t.Fatal(err)
+			}
+			m.eventually("another guard", func() bool { p := pid(); return p != 0 && p != first && m.dropped.Load() == 1 })
+			_, ran := m.start("guarded")
+			m.eventually("it runs", func() bool { return exists(ran) && m.asked.Load() == 1 })
+		})
 	}
-	first := pid()
-	if err := unix.Kill(first, unix.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	m.eventually("another guard", func() bool { p := pid(); return p != 0 && p != first && m.dropped.Load() == 1 })
-	_, ran := m.start("guarded")
-	m.eventually("it runs", func() bool { return exists(ran) && m.asked.Load() == 1 })
 }
 
 func TestOpenRefused(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -28,7 +29,7 @@ import (
 const (
 	sayAdd      = 'a' // with the group's descriptor (SCM_RIGHTS)
 	sayRemove   = 'r'
-	sayAlive    = 'h' // alone
+	sayAlive    = 'h' // alone; the guard says it back
 	sayLeave    = 'l' // alone; when the agent has ended: hold the gates closed
 	sayAnswered = 'n' // alone but for the number
 	// And the guard the agent:
@@ -44,6 +45,8 @@ const (
 	aliveEvery = 500 * time.Millisecond
 	// hangAfter is how much longer than the longest answer the agent may be silent.
 	hangAfter = 2 * time.Second
+	// guardHangsAfter is how long the guard may be silent. It has nothing to wait for.
+	guardHangsAfter = 10 * time.Second
 )
 
 // guard is the agent's end of its guard.
@@ -56,6 +59,7 @@ type guard struct {
 	dropped func()
 	asked   func(owner event.MountNS, task uint32, number int32, exec bool, file *os.File)
 	oldest  func() (time.Time, bool)
+	spoke   atomic.Int64 // when the guard last said anything, in nanoseconds since 1970
 
 	mu   sync.Mutex
 	conn int // -1: none runs
@@ -115,7 +119,8 @@ func (g *guard) run() error {
 			return err
 		}
 	}
-	go g.tell(g.conn, g.stop)
+	g.spoke.Store(time.Now().UnixNano())
+	go g.tell(g.conn, cmd, g.stop)
 	go g.listen(g.conn, cmd)
 	return nil
 }
@@ -133,7 +138,7 @@ func (g *guard) record() error {
 }
 
 // tell says that the agent answers, as long as it does.
-func (g *guard) tell(conn int, stop chan struct{}) {
+func (g *guard) tell(conn int, cmd *exec.Cmd, stop chan struct{}) {
 	tick := time.NewTicker(aliveEvery)
 	defer tick.Stop()
 	for {
@@ -145,8 +150,13 @@ func (g *guard) tell(conn int, stop chan struct{}) {
 		if at, any := g.oldest(); any && time.Since(at) > g.config.Timeout+hangAfter/2 {
 			continue // a question is not answered as it must be
 		}
-		if err := unix.Send(conn, []byte{sayAlive}, unix.MSG_NOSIGNAL); err != nil {
+		if err := unix.Send(conn, []byte{sayAlive}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT); err != nil && !errors.Is(err, unix.EAGAIN) {
 			return // listen sees why
+		}
+		if silent := time.Since(time.Unix(0, g.spoke.Load())); silent > guardHangsAfter {
+			g.config.Log.Error("the gates' guard hangs", zap.Duration("silent for", silent))
+			cmd.Process.Kill() // listen starts another
+			return
 		}
 	}
 }
@@ -162,6 +172,7 @@ func (g *guard) listen(conn int, cmd *exec.Cmd) {
 		if err != nil || n == 0 {
 			break
 		}
+		g.spoke.Store(time.Now().UnixNano())
 		switch {
 		case buf[0] == sayDropped:
 			g.config.Log.Error("the gates were open: this process did not answer in time, and its guard let all through")
@@ -231,9 +242,11 @@ func (g *guard) remove(ns event.MountNS) error {
 func (g *guard) send(what byte, ns event.MountNS, group *os.File) error {
 	message := appendNamespace([]byte{what}, ns)
 	if group == nil {
-		return unix.Sendmsg(g.conn, message, nil, nil, unix.MSG_NOSIGNAL)
+		return unix.Sendmsg(g.conn, message, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
 	}
-	return control(group, func(fd int) error { return unix.Sendmsg(g.conn, message, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL) })
+	return control(group, func(fd int) error {
+		return unix.Sendmsg(g.conn, message, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+	})
 }
 
 // answered says that the question with that number was answered.
@@ -242,7 +255,7 @@ func (g *guard) answered(number int32) {
 	defer g.mu.Unlock()
 	if g.conn >= 0 {
 		message := binary.LittleEndian.AppendUint32([]byte{sayAnswered}, uint32(number))
-		if err := unix.Send(g.conn, message, unix.MSG_NOSIGNAL); err != nil {
+		if err := unix.Send(g.conn, message, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT); err != nil {
 			g.config.Log.Warn("tell the guard of an answer", zap.Error(err))
 		}
 	}
@@ -253,7 +266,7 @@ func (g *guard) leave() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.conn >= 0 {
-		if err := unix.Send(g.conn, []byte{sayLeave}, unix.MSG_NOSIGNAL); err != nil {
+		if err := unix.Send(g.conn, []byte{sayLeave}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT); err != nil {
 			g.config.Log.Error("the gates will be open", zap.Error(err))
 		}
 	}
@@ -367,6 +380,8 @@ func (w *watch) poll(conn int) (bool, error) {
 
 func (w *watch) heard(message, oob []byte) error {
 	switch {
+	case message[0] == sayAlive:
+		unix.Send(w.conn, message, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT) // an agent that does not listen is noticed otherwise
 	case message[0] == sayLeave:
 		w.leave = true
 	case message[0] == sayAnswered && len(message) == answeredSize:
