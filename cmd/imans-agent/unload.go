@@ -13,7 +13,7 @@ func newUnload() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "unload",
 		Short: "take the kernel side out and end the vTPMs of this boot",
-		Long: `unload detaches the programs that a stopped agent left at work, and ends its vTPMs, whose PCRs are then gone: those of
+		Long: `unload opens the gates that a stopped agent left closed, detaches the programs that it left at work, and ends its vTPMs, whose PCRs are then gone: those of
 namespaces, all those of containers, running or not, and that of the native list if it has one in software. A list that has lost
 its TPM so proves nothing any more; the native list of --tpm swtpm has to be moved away before the next start of the same boot.
 The lists stay on disk. It refuses while an agent runs.`,

@@ -32,6 +32,9 @@ const (
 // GuardCommand is the subcommand that runs a gate's guard.
 const GuardCommand = "gate-guard"
 
+// guardFile says which process guards the gates.
+func guardFile(runDir string) string { return filepath.Join(runDir, "gate-guard.json") }
+
 // gates are the tree's gates.
 type gates struct {
 	*gate.Gates
@@ -47,7 +50,7 @@ func newGates(c Config, log *zap.Logger) (*gates, error) {
 	g.Gates, err = gate.New(gate.Config{
 		Ask: g.ask, Below: func(owner event.MountNS, inum uint32) (bool, bool) { return g.tree.Below(owner, inum) },
 		Missed: g.missed, Dropped: g.dropped, Timeout: c.Gate.Timeout, Closed: c.Gate.Closed, Log: log,
-	}, []string{GuardCommand}, filepath.Join(c.RunDir, "gate-guard.json"))
+	}, []string{GuardCommand}, guardFile(c.RunDir))
 	return g, err
 }
 

@@ -7,13 +7,14 @@ import (
 
 	"go.uber.org/zap"
 
+	"imans.dev/imans-agent/internal/gate"
 	"imans.dev/imans-agent/internal/grant"
 	"imans.dev/imans-agent/internal/loader"
 	"imans.dev/imans-agent/internal/namespace"
 	"imans.dev/imans-agent/internal/vtpm"
 )
 
-// Unload takes out what a stopped agent left at work: the kernel side, and the vTPMs of this boot, the native list's and containers'
+// Unload takes out what a stopped agent left at work: gates that are held closed, the kernel side, and the vTPMs of this boot, the native list's and containers'
 // too. The lists stay on disk. It refuses with ErrRunning while an agent runs. What can't be ended does not keep the rest from it.
 func Unload(c Config) error {
 	unlock, err := lock(c.StateDir)
@@ -21,6 +22,9 @@ func Unload(c Config) error {
 		return err
 	}
 	defer unlock()
+	if err := gate.EndGuard(guardFile(c.RunDir)); err != nil {
+		return err
+	}
 	if err := loader.Unload(c.PinDir); err != nil {
 		return err
 	}

@@ -72,8 +72,8 @@ func (q *question) answer() {
 		_, err := unix.Write(fd, (*[unsafe.Sizeof(r)]byte)(unsafe.Pointer(&r))[:])
 		return err
 	})
-	// ENOENT: the task was killed, or the guard has answered. Closed: the kernel has.
-	if written != nil && !errors.Is(written, unix.ENOENT) && !errors.Is(written, os.ErrClosed) {
+	// ENOENT: the task was killed, or the guard has answered. The end of the gate: the kernel has.
+	if written != nil && !errors.Is(written, unix.ENOENT) && q.gate.ctx.Err() == nil {
 		q.gate.gates.config.Log.Error("answer", zap.Stringer("ns", q.gate.owner), zap.Error(written))
 	}
 	q.gate.gates.guard.answered(q.number)

@@ -69,6 +69,7 @@ type Gates struct {
 	asked atomic.Uint64
 
 	mu    sync.Mutex
+	ended bool
 	gates map[event.MountNS]*gate
 	kept  map[uint32][]keptFile // by task
 	keeps int
@@ -128,14 +129,17 @@ type gate struct {
 }
 
 // Open begins to hold up, or changes what is held up. root is the root folder of the namespace, open for its path only. Errors name the
-// kernel's lack of fanotify, or that none of the file systems can be marked.
+// kernel's lack of fanotify, or that none of the file systems can be marked; os.ErrClosed after Shutdown.
 func (g *Gates) Open(owner event.MountNS, root *os.File, systems []FileSystem, all bool) error {
+	g.mu.Lock()
+	one, ended := g.gates[owner], g.ended
+	g.mu.Unlock()
+	if ended {
+		return fmt.Errorf("gate of namespace %v: %w", owner, os.ErrClosed)
+	}
 	if err := g.guard.run(); err != nil {
 		return fmt.Errorf("gate of namespace %v: %w", owner, err)
 	}
-	g.mu.Lock()
-	one := g.gates[owner]
-	g.mu.Unlock()
 	if one != nil && one.all && !all {
 		if err := g.Close(owner); err != nil {
 			return err
@@ -261,6 +265,7 @@ func (g *Gates) Flush(owner event.MountNS) error {
 // next agent has opened its own.
 func (g *Gates) Shutdown() error {
 	g.mu.Lock()
+	g.ended = true
 	var all []*gate
 	for _, one := range g.gates {
 		all = append(all, one)

@@ -96,7 +96,7 @@ func (m *mounted) open() {
 		return
 	}
 	defer root.Close()
-	if err := m.gates.Open(m.owner, root, []FileSystem{{m.dir, "tmpfs"}, {"/proc", "proc"}}, false); err != nil {
+	if err := m.gates.Open(m.owner, root, []FileSystem{{m.dir, "tmpfs"}, {"/proc", "proc"}}, false); err != nil && !errors.Is(err, os.ErrClosed) {
 		m.t.Error(err)
 	}
 }
@@ -254,6 +254,13 @@ func TestGuard(t *testing.T) {
 	m.eventually("the next runs", func() bool { return exists(other) })
 	if n := m.asked.Load(); n != 1 {
 		t.Errorf("%d questions, though the guard has taken the marks off", n)
+	}
+	hang <- struct{}{} // it goes on, and so does the gate
+	m.eventually("the gate is back", func() bool { return m.dropped.Load() == 1 })
+	_, back := m.start("back")
+	m.eventually("a question", func() bool { return m.asked.Load() == 2 })
+	if exists(back) {
+		t.Error("it did not wait")
 	}
 }
 

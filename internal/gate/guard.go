@@ -76,12 +76,9 @@ type guardState struct {
 
 func newGuard(c Config, args []string, stateFile string) *guard {
 	g := &guard{config: c, args: args, stateFile: stateFile, conn: -1, held: make(map[event.MountNS]*os.File)}
-	if b, err := os.ReadFile(stateFile); err == nil {
-		if err := json.Unmarshal(b, &g.old); err != nil {
-			c.Log.Warn("an earlier agent's guard is not known", zap.Error(err))
-		}
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		c.Log.Warn("an earlier agent's guard is not known", zap.Error(err))
+	var err error
+	if g.old, err = readGuard(stateFile); err != nil {
+		c.Log.Warn("gates that it holds closed stay so; end it by hand", zap.Error(err))
 	}
 	return g
 }
@@ -174,7 +171,7 @@ func (g *guard) listen(conn int, cmd *exec.Cmd) {
 		}
 		g.spoke.Store(time.Now().UnixNano())
 		switch {
-		case buf[0] == sayDropped:
+		case buf[0] == sayDropped && g.is(conn):
 			g.config.Log.Error("the gates were open: this process did not answer in time, and its guard let all through")
 			g.dropped()
 		case buf[0] == sayAsked && n == askedSize:
@@ -249,6 +246,13 @@ func (g *guard) send(what byte, ns event.MountNS, group *os.File) error {
 	})
 }
 
+// is reports whether the guard is the one of that connection, and none that was let go of.
+func (g *guard) is(conn int) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.conn == conn
+}
+
 // answered says that the question with that number was answered.
 func (g *guard) answered(number int32) {
 	g.mu.Lock()
@@ -285,16 +289,46 @@ func (g *guard) end() {
 
 // endOld ends the guard of an earlier agent, which holds that one's gates closed.
 func (g *guard) endOld() {
-	if g.old.PID == 0 {
-		return
-	}
-	fields, err := proc.Stat(g.old.PID)
-	if err == nil && fields[proc.StatStart] == g.old.Start {
-		if err := unix.Kill(g.old.PID, unix.SIGTERM); err != nil {
-			g.config.Log.Error("an earlier agent's gates stay closed", zap.Int("guard", g.old.PID), zap.Error(err))
-		}
+	if err := g.old.end(); err != nil {
+		g.config.Log.Error("an earlier agent's gates stay closed", zap.Int("guard", g.old.PID), zap.Error(err))
 	}
 	g.old = guardState{}
+}
+
+// end ends the guard. One that has ended, or none, is no error.
+func (s guardState) end() error {
+	if s.PID == 0 {
+		return nil
+	}
+	if fields, err := proc.Stat(s.PID); err != nil || fields[proc.StatStart] != s.Start {
+		return nil // it has ended; the number may be another's by now
+	}
+	return unix.Kill(s.PID, unix.SIGTERM)
+}
+
+// readGuard reads which guard an agent had. No file is no guard.
+func readGuard(stateFile string) (guardState, error) {
+	var s guardState
+	b, err := os.ReadFile(stateFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &s)
+	}
+	if err != nil {
+		err = fmt.Errorf("read which guard an earlier agent had: %w", err)
+	}
+	return s, err
+}
+
+// EndGuard ends the guard that an agent left, so that the gates are open which it holds closed.
+func EndGuard(stateFile string) error {
+	s, err := readGuard(stateFile)
+	if err != nil {
+		return err
+	}
+	return s.end()
 }
 
 // control calls f with a file's descriptor, which stays open meanwhile. Unlike Fd it leaves the file's mode alone.

@@ -357,6 +357,13 @@ func TestNeverSilentGateKilled(t *testing.T) {
 				t.Error("it did not run")
 			}
 			g.waitsUntilGated()
+			g.signal(syscall.SIGTERM)
+			last, ran := g.script("last") // the gate is open when the agent has stopped in order; a closed one until it is unloaded
+			if err := g.command(last).Run(); (err == nil) == closed || exists(ran) == closed {
+				t.Errorf("without an agent: ran %v, %v", exists(ran), err)
+			}
+			run(t, program, append([]string{"unload"}, g.folders()...)...)
+			g.runs(last)
 		})
 	}
 }
