@@ -7,7 +7,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -43,6 +45,7 @@ type mounted struct {
 	dir     string
 	gates   *Gates
 	owner   event.MountNS
+	all     bool
 	asked   atomic.Int32
 	missed  atomic.Int32
 	dropped atomic.Int32
@@ -96,7 +99,7 @@ func (m *mounted) open() {
 		return
 	}
 	defer root.Close()
-	if err := m.gates.Open(m.owner, root, []FileSystem{{m.dir, "tmpfs"}, {"/proc", "proc"}}, false); err != nil && !errors.Is(err, os.ErrClosed) {
+	if err := m.gates.Open(m.owner, root, []FileSystem{{m.dir, "tmpfs"}, {"/proc", "proc"}}, m.all); err != nil && !errors.Is(err, os.ErrClosed) {
 		m.t.Error(err)
 	}
 }
@@ -236,6 +239,38 @@ func TestNotConcerned(t *testing.T) {
 		t.Errorf("a child: %v %s", err, out)
 	}
 	if n := m.asked.Load(); n != 0 {
+		t.Errorf("%d questions", n)
+	}
+}
+
+// Nor is a thread of the agent's held up, whichever it is, when each open is asked about.
+func TestOwnThreads(t *testing.T) {
+	m := mount(t, Config{Timeout: 2 * time.Second, Ask: func(ctx context.Context, _ event.MountNS, _ *Asked) error {
+		<-ctx.Done()
+		return ctx.Err()
+	}})
+	m.all = true
+	m.open()
+	program, err := os.ReadFile("/bin/sh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var opens sync.WaitGroup
+	for i := range 4 {
+		opens.Go(func() {
+			runtime.LockOSThread() // each on another one
+			defer runtime.UnlockOSThread()
+			path := filepath.Join(m.dir, fmt.Sprint(i))
+			if err := os.WriteFile(path, program, 0o755); err != nil {
+				t.Error(err)
+			}
+			if _, err := os.ReadFile(path); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	opens.Wait()
+	if n := m.asked.Load() + m.missed.Load(); n != 0 {
 		t.Errorf("%d questions", n)
 	}
 }

@@ -303,7 +303,7 @@ func (s guardState) end() error {
 	if fields, err := proc.Stat(s.PID); err != nil || fields[proc.StatStart] != s.Start {
 		return nil // it has ended; the number may be another's by now
 	}
-	return unix.Kill(s.PID, unix.SIGTERM)
+	return unix.Kill(s.PID, unix.SIGKILL) // SIGTERM asks an agent to stop in order, and this is its program
 }
 
 // readGuard reads which guard an agent had. No file is no guard.
@@ -542,8 +542,13 @@ func appendNamespace(message []byte, ns event.MountNS) []byte {
 
 // isBelow reports whether a task is one of those meant, or descends from one. With a file system that others have too, and without the agent,
 // nobody knows better which of them are in a namespace or below it.
-func isBelow(pid int, meant func(pid int) bool) bool {
+func isBelow(task int, meant func(pid int) bool) bool {
 	const descent = 64
+	status, err := readStatus(task)
+	if err != nil {
+		return false
+	}
+	pid := int(status.number("Tgid")) // the parent of a thread is not its process
 	for n := 0; pid > 1 && n < descent; n++ {
 		if meant(pid) {
 			return true

@@ -264,6 +264,7 @@ func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
 	receipt := n.list.Append(e)
 	l.pending.entries = append(l.pending.entries, pendingEntry{n, receipt})
 	if l.file == nil && n.gates(l.ev) && n.list.Accepted() > before {
+		n.gateMissed()
 		return l.appendEntry(n, s, n.violation(event.LossNotGated), sum) // nobody asked before its use
 	}
 	if n == l.tree.native && l.tree.config.NativeTPM != nil {

@@ -49,6 +49,8 @@ func (t *Tree) SetGate(ctx context.Context, ns event.MountNS, mode GateMode) err
 	switch {
 	case !ok:
 		return ErrEnded
+	case s == t.native:
+		return fmt.Errorf("the native namespace has no gate, as the machine would wait for an agent that it has not started yet: %w", syscall.EPERM)
 	case t.config.Gates == nil:
 		return ErrNoGates
 	case !s.active:
@@ -114,6 +116,18 @@ func (s *State) openGate(mode GateMode) error {
 	s.tree.log.Info("gate", zap.Stringer("ns", s.ns), zap.String("mode", string(mode)))
 	// What was measured before needs an event once more, by which the gate learns that it needs no question.
 	return s.tree.publish(s)
+}
+
+// gateMissed looks for file systems that the gate does not watch yet, after a file was used that nobody asked about.
+func (s *State) gateMissed() {
+	const lookEvery = time.Second
+	if s.tree.config.Gates == nil || time.Since(s.gateLooked) < lookEvery {
+		return
+	}
+	s.gateLooked = time.Now()
+	if err := s.tree.config.Gates.Open(s.ns, s.gate == GateAll); err != nil {
+		s.tree.log.Warn("look for new file systems", zap.Stringer("ns", s.ns), zap.Error(err))
+	}
 }
 
 func (s *State) setGate(mode GateMode, since time.Duration) {

@@ -52,16 +52,17 @@ type State struct {
 	gateSince  time.Duration  // since boot; what ran earlier was not held up and was not to be
 
 	// The goroutine that handles records only.
-	ended    bool                // the list can't go on; its ancestors' lists say so
-	requests []request           // for clones that are to be active
-	marks    []event.MeasuredKey // contents that the kernel side was told need no event any more
-	tpm      *tpmext.TPM
-	starting *start // of a vTPM; nil: none was started by this agent
-	given    uint32 // how many it was given so far
-	root     *digest.Root
-	writers  map[event.Content]bool // contents whose open writers are on record
-	held     *held                  // inodes that the list tells of; nil until it is open
-	told     *told                  // records that the list told violations of; likewise
+	gateLooked time.Time           // when new file systems were last looked for
+	ended      bool                // the list can't go on; its ancestors' lists say so
+	requests   []request           // for clones that are to be active
+	marks      []event.MeasuredKey // contents that the kernel side was told need no event any more
+	tpm        *tpmext.TPM
+	starting   *start // of a vTPM; nil: none was started by this agent
+	given      uint32 // how many it was given so far
+	root       *digest.Root
+	writers    map[event.Content]bool // contents whose open writers are on record
+	held       *held                  // inodes that the list tells of; nil until it is open
+	told       *told                  // records that the list told violations of; likewise
 
 	gone chan struct{} // closed when the namespace has ended
 }

@@ -200,6 +200,23 @@ func TestNeverSilentGate(t *testing.T) {
 		if v := g.violations(); v[path] != 1 {
 			t.Errorf("violations %v", v)
 		}
+		next := g.dir + "/mnt/next" // by now the file system is watched
+		makeProgram(t, g.dir+"/next")
+		g.runs("cp", g.dir+"/next", next)
+		g.runs(next)
+		if measured, v := names(g.list(g.ns)); measured[next] != 1 || v[next] != 0 {
+			t.Errorf("%d entries, violations %v", measured[next], v)
+		}
+	})
+	t.Run("refused", func(t *testing.T) {
+		for _, args := range [][]string{
+			{"ns", "gate", "native", "exec", "--run-dir", a.dir + "/run"}, {"ns", "gate", g.ns, "ajar", "--run-dir", a.dir + "/run"},
+			{"--policy", "exec", "--gate", "ajar"}, {"--policy", "exec", "--gate-timeout", "1ms"},
+		} {
+			if status, out := exits(t, program, args...); status == 0 || !strings.Contains(out, "gate") {
+				t.Errorf("%v: status %d, %s", args, status, out)
+			}
+		}
 	})
 	a.verifyNow(g.ns)
 	g.cli("ns", "gate", g.ns, "off")
