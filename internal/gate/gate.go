@@ -128,8 +128,8 @@ type gate struct {
 	timeout bool // the last answer came too late
 }
 
-// Open begins to hold up, or changes what is held up, and watches file systems that are new. root is the root folder of the namespace, open for its path only. Errors name the
-// kernel's lack of fanotify, or that none of the file systems can be marked; os.ErrClosed after Shutdown.
+// Open begins to hold up, or changes what is held up, and watches file systems that are new. root is the root folder of the namespace, open
+// for its path only. Errors name the kernel's lack of fanotify, or that none of the file systems can be marked; os.ErrClosed after Shutdown.
 func (g *Gates) Open(owner event.MountNS, root *os.File, systems []FileSystem, all bool) error {
 	g.mu.Lock()
 	one, ended := g.gates[owner], g.ended

@@ -224,6 +224,13 @@ func (l *List) Append(e *imalog.Entry) Receipt {
 	return Receipt{l, l.accepted.n}
 }
 
+// Holds reports whether an entry was handed in that this one would be a duplicate of.
+func (l *List) Holds(e *imalog.Entry) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.config.Store.has(&l.ids, keyOf(e))
+}
+
 // CheckPCR reports whether entries for a register can be appended, such as one that a policy names: ErrForeign if something
 // else has extended it. It is for a register that the list has not used yet; an entry for one that fails here ends the list.
 func (l *List) CheckPCR(ctx context.Context, pcr int) error {

@@ -130,6 +130,9 @@ func TestListKeepsOrderAndDropsDuplicates(t *testing.T) {
 	b := newBench(t)
 	l, _ := b.open(b.config())
 	for i := range 600 {
+		if e := entry(t, i%300); l.Holds(e) != (i >= 300) {
+			t.Fatalf("entry %d is said to be held: %v", i, l.Holds(e))
+		}
 		l.Append(entry(t, i%300))
 	}
 	l.Append(violation(t))

@@ -59,6 +59,14 @@ func (s *Store) add(b *bitmap, k key) (id uint32, added bool) {
 	return id, true
 }
 
+// has reports whether a list's bitmap has an entry.
+func (s *Store) has(b *bitmap, k key) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	id, ok := s.ids[k]
+	return ok && b.has(id)
+}
+
 func (s *Store) newID(k key) uint32 {
 	var id uint32
 	if n := len(s.free); n > 0 {

@@ -260,13 +260,14 @@ func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
 		}
 		return nil
 	}
-	before := n.list.Accepted()
+	if l.file == nil && n.gates(l.ev) && !n.list.Holds(e) { // nobody asked before its use; before the entry, or a crash in between would hide it
+		n.gateMissed()
+		if err := l.appendEntry(n, s, n.violation(event.LossNotGated), sum); err != nil {
+			return err
+		}
+	}
 	receipt := n.list.Append(e)
 	l.pending.entries = append(l.pending.entries, pendingEntry{n, receipt})
-	if l.file == nil && n.gates(l.ev) && n.list.Accepted() > before {
-		n.gateMissed()
-		return l.appendEntry(n, s, n.violation(event.LossNotGated), sum) // nobody asked before its use
-	}
 	if n == l.tree.native && l.tree.config.NativeTPM != nil {
 		l.tree.latencies.add(receipt, l.ev.Boottime)
 	}
