@@ -36,7 +36,11 @@ func Unload(c Config) error {
 	errs := []error{err}
 	for _, config := range left {
 		i, err := vtpm.Adopt(config)
-		if errors.Is(err, vtpm.ErrLost) || errors.Is(err, os.ErrNotExist) {
+		if errors.Is(err, os.ErrNotExist) {
+			vtpm.EndUnrecorded(config)
+			continue
+		}
+		if errors.Is(err, vtpm.ErrLost) {
 			continue
 		}
 		if err == nil {

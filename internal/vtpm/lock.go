@@ -33,7 +33,7 @@ func takeOver(ctx context.Context, c Config) (*os.File, error) {
 			return lock, nil
 		}
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			endUnrecorded(c)
+			EndUnrecorded(c)
 		}
 		select {
 		case <-ctx.Done():
@@ -44,8 +44,9 @@ func takeOver(ctx context.Context, c Config) (*os.File, error) {
 	}
 }
 
-// endUnrecorded kills the process that was started for the folder.
-func endUnrecorded(c Config) {
+// EndUnrecorded kills the process that was started for the folder, if there is one: Adopt does not find it where its agent ended before it
+// was on record. Call it where no other agent may be starting one.
+func EndUnrecorded(c Config) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return

@@ -216,6 +216,20 @@ func TestUnrecordedInstanceIsEnded(t *testing.T) {
 	}
 }
 
+func TestEndUnrecorded(t *testing.T) {
+	c, other := config(t), config(t)
+	i, bystander := start(t, c), start(t, other)
+	defer i.Close()
+	defer bystander.Stop()
+	EndUnrecorded(c)
+	for deadline := time.Now().Add(10 * time.Second); i.Running() && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	if i.Running() || !bystander.Running() {
+		t.Errorf("it runs: %v; another folder's: %v", i.Running(), bystander.Running())
+	}
+}
+
 // The lock is the folder's, whoever has it.
 func TestFolderInUse(t *testing.T) {
 	c := config(t)
