@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -55,7 +56,12 @@ func newGates(c Config, log *zap.Logger) (*gates, error) {
 }
 
 // Open marks what the namespace has mounted.
-func (g *gates) Open(ns event.MountNS, all bool) error {
+func (g *gates) Open(ns event.MountNS, all bool) error { return g.mark(ns, all, g.Gates.Open) }
+
+// Renew marks that and nothing else.
+func (g *gates) Renew(ns event.MountNS, all bool) error { return g.mark(ns, all, g.Gates.Renew) }
+
+func (g *gates) mark(ns event.MountNS, all bool, mark func(event.MountNS, *os.File, []gate.FileSystem, bool) error) error {
 	t, err := container.Process(ns.Inum)
 	if err != nil {
 		return err
@@ -69,7 +75,7 @@ func (g *gates) Open(ns event.MountNS, all bool) error {
 	for i, m := range mounts {
 		systems[i] = gate.FileSystem{Point: m.Point, Type: m.Type}
 	}
-	return g.Gates.Open(ns, root, systems, all)
+	return mark(ns, root, systems, all)
 }
 
 // ask has a file measured, and waits until it is in all TPMs concerned. It is hashed here, so that a large file holds up nobody else.

@@ -15,9 +15,9 @@ import (
 )
 
 // takes is told of a question by the guard. Each is answered by a goroutine of its own, so that none waits for another.
-func (g *Gates) takes(owner event.MountNS, task uint32, number int32, exec bool, file *os.File) {
+func (g *Gates) takes(name event.MountNS, task uint32, number int32, exec bool, file *os.File) {
 	g.mu.Lock()
-	one, ok := g.gates[owner]
+	one, ok := g.named[name]
 	if ok {
 		one.done.Add(1)
 	}

@@ -70,8 +70,10 @@ type Gates struct {
 
 	mu    sync.Mutex
 	ended bool
-	gates map[event.MountNS]*gate
-	kept  map[uint32][]keptFile // by task
+	gates map[event.MountNS]*gate // by owner
+	named map[event.MountNS]*gate // by the name that each has with the guard
+	last  uint64                  // of those names' numbers
+	kept  map[uint32][]keptFile   // by task
 	keeps int
 }
 
@@ -82,7 +84,7 @@ func New(c Config, guardArgs []string, stateFile string) (*Gates, error) {
 	if err != nil {
 		return nil, fmt.Errorf("gate: %w", err)
 	}
-	g := &Gates{config: c, names: names, gates: make(map[event.MountNS]*gate), kept: make(map[uint32][]keptFile)}
+	g := &Gates{config: c, names: names, gates: make(map[event.MountNS]*gate), named: make(map[event.MountNS]*gate), kept: make(map[uint32][]keptFile)}
 	g.guard = newGuard(c, guardArgs, stateFile)
 	g.guard.dropped, g.guard.asked, g.guard.oldest = func() { c.Dropped() }, g.takes, g.oldest
 	return g, nil
@@ -95,7 +97,7 @@ func (g *Gates) Ready() { g.guard.endOld() }
 func (g *Gates) oldest() (oldest time.Time, any bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for _, one := range g.gates {
+	for _, one := range g.named {
 		one.mu.Lock()
 		for _, at := range one.oldest {
 			if !any || at.Before(oldest) {
@@ -114,7 +116,8 @@ func (g *Gates) Asked() uint64 { return g.asked.Load() }
 type gate struct {
 	gates *Gates
 	owner event.MountNS
-	group *os.File // the fanotify group
+	name  event.MountNS // with the guard: the owner's inode number, and a number that no other group had
+	group *os.File      // the fanotify group
 	all   bool
 	ctx   context.Context // ends with the gate
 	end   context.CancelFunc
@@ -147,30 +150,67 @@ func (g *Gates) Open(owner event.MountNS, root *os.File, systems []FileSystem, a
 		one = nil
 	}
 	if one == nil {
-		const flags = unix.FAN_CLASS_CONTENT | unix.FAN_CLOEXEC | unix.FAN_NONBLOCK | unix.FAN_UNLIMITED_QUEUE | unix.FAN_UNLIMITED_MARKS | unix.FAN_REPORT_TID
-		fd, err := unix.FanotifyInit(flags, unix.O_RDONLY|unix.O_LARGEFILE|unix.O_CLOEXEC|unix.O_NONBLOCK)
-		if errors.Is(err, unix.EMFILE) {
-			return fmt.Errorf("gate of namespace %v: %w; raise fs.fanotify.max_user_groups", owner, err)
-		} else if err != nil {
-			return fmt.Errorf("gate of namespace %v: fanotify: %w; the kernel needs CONFIG_FANOTIFY_ACCESS_PERMISSIONS", owner, err)
+		var err error
+		if one, err = g.begin(owner); err != nil {
+			return err
 		}
-		one = &gate{
-			gates: g, owner: owner, group: os.NewFile(uintptr(fd), "fanotify"), next: make(map[uint32]ima.Func),
-			marked: make(map[uint64]bool), oldest: make(map[int32]time.Time),
-		}
-		one.ctx, one.end = context.WithCancel(context.Background())
 		g.mu.Lock()
 		g.gates[owner] = one
 		g.mu.Unlock()
-		if err := g.guard.add(owner, one.group); err != nil { // before the first mark: nobody waits for a reader
-			return errors.Join(fmt.Errorf("gate of namespace %v: %w", owner, err), g.Close(owner))
-		}
 	}
 	one.all = all
 	if n, err := one.mark(root, systems); n == 0 {
 		return errors.Join(fmt.Errorf("gate of namespace %v: none of its file systems can be watched: %w", owner, err), g.Close(owner))
 	}
 	return nil
+}
+
+// Renew is Open for a namespace that has a gate and may have lost file systems: those are not watched any more. Everything is asked about
+// anew. Nobody slips through meanwhile.
+func (g *Gates) Renew(owner event.MountNS, root *os.File, systems []FileSystem, all bool) error {
+	g.mu.Lock()
+	old, ok := g.gates[owner]
+	g.mu.Unlock()
+	if !ok {
+		return g.Open(owner, root, systems, all)
+	}
+	one, err := g.begin(owner)
+	if err != nil {
+		return err
+	}
+	one.all = all
+	if n, err := one.mark(root, systems); n == 0 {
+		return errors.Join(fmt.Errorf("gate of namespace %v: none of its file systems can be watched: %w", owner, err), g.close(one))
+	}
+	g.mu.Lock()
+	g.gates[owner] = one
+	g.mu.Unlock()
+	return g.close(old)
+}
+
+// begin makes a group without marks, whose questions the guard takes.
+func (g *Gates) begin(owner event.MountNS) (*gate, error) {
+	const flags = unix.FAN_CLASS_CONTENT | unix.FAN_CLOEXEC | unix.FAN_NONBLOCK | unix.FAN_UNLIMITED_QUEUE | unix.FAN_UNLIMITED_MARKS | unix.FAN_REPORT_TID
+	fd, err := unix.FanotifyInit(flags, unix.O_RDONLY|unix.O_LARGEFILE|unix.O_CLOEXEC|unix.O_NONBLOCK)
+	if errors.Is(err, unix.EMFILE) {
+		return nil, fmt.Errorf("gate of namespace %v: %w; raise fs.fanotify.max_user_groups", owner, err)
+	} else if err != nil {
+		return nil, fmt.Errorf("gate of namespace %v: fanotify: %w; the kernel needs CONFIG_FANOTIFY_ACCESS_PERMISSIONS", owner, err)
+	}
+	one := &gate{
+		gates: g, owner: owner, group: os.NewFile(uintptr(fd), "fanotify"), next: make(map[uint32]ima.Func),
+		marked: make(map[uint64]bool), oldest: make(map[int32]time.Time),
+	}
+	one.ctx, one.end = context.WithCancel(context.Background())
+	g.mu.Lock()
+	g.last++
+	one.name = event.MountNS{Inum: owner.Inum, ID: g.last}
+	g.named[one.name] = one
+	g.mu.Unlock()
+	if err := g.guard.add(one.name, one.group); err != nil { // before the first mark: nobody waits for a reader
+		return nil, errors.Join(fmt.Errorf("gate of namespace %v: %w", owner, err), g.close(one))
+	}
+	return one, nil
 }
 
 // mask is what is asked before.
@@ -245,8 +285,15 @@ func (g *Gates) Close(owner event.MountNS) error {
 	if !ok {
 		return nil
 	}
+	return g.close(one)
+}
+
+func (g *Gates) close(one *gate) error {
+	g.mu.Lock()
+	delete(g.named, one.name)
+	g.mu.Unlock()
 	one.end()
-	err := g.guard.remove(owner)
+	err := g.guard.remove(one.name)
 	return errors.Join(err, one.group.Close()) // when the guard has closed it, too, the kernel lets all through
 }
 

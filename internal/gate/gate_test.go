@@ -60,7 +60,8 @@ func mount(t *testing.T, c Config) *mounted {
 	if err := unix.Mount("none", m.dir, "tmpfs", 0, ""); err != nil {
 		t.Skipf("needs to mount a tmpfs: %v", err)
 	}
-	t.Cleanup(func() { unix.Unmount(m.dir, unix.MNT_DETACH) })
+	dir := m.dir
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	inum, err := proc.Namespace(os.Getpid(), "mnt")
 	if err != nil {
 		t.Fatal(err)
@@ -321,6 +322,35 @@ func TestGuardLost(t *testing.T) {
 			_, ran := m.start("guarded")
 			m.eventually("it runs", func() bool { return exists(ran) && m.asked.Load() == 1 })
 		})
+	}
+}
+
+// A file system that the namespace does not have any more is not asked about.
+func TestRenew(t *testing.T) {
+	m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
+	other := t.TempDir()
+	if err := unix.Mount("none", other, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(other, unix.MNT_DETACH) })
+	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	if err := m.gates.Renew(m.owner, root, []FileSystem{{other, "tmpfs"}}, false); err != nil {
+		t.Fatal(err)
+	}
+	_, ran := m.start("gone")
+	m.eventually("it runs", func() bool { return exists(ran) })
+	if n := m.asked.Load(); n != 0 {
+		t.Errorf("%d questions about what is gone", n)
+	}
+	m.dir = other
+	_, ran = m.start("new")
+	m.eventually("it runs", func() bool { return exists(ran) })
+	if n := m.asked.Load(); n != 1 {
+		t.Errorf("%d questions about what is new, want 1", n)
 	}
 }
 

@@ -24,8 +24,8 @@ import (
 	"imans.dev/imans-agent/internal/proc"
 )
 
-// The agent tells its guard, a message each: a byte of these and a namespace, which is its id in 8 bytes and its inode number in 4, little
-// endian, or for sayAnswered a question's number in 4.
+// The agent tells its guard, a message each: a byte of these and a group's name, which is a number in 8 bytes and the namespace's inode number in 4,
+// little endian, or for sayAnswered a question's number in 4.
 const (
 	sayAdd      = 'a' // with the group's descriptor (SCM_RIGHTS)
 	sayRemove   = 'r'
@@ -33,7 +33,7 @@ const (
 	sayLeave    = 'l' // alone; when the agent has ended: hold the gates closed
 	sayAnswered = 'n' // alone but for the number
 	// And the guard the agent:
-	sayAsked   = 'q' // the namespace, the task in 4 bytes, the question's number in 4, 1 in one if the file is to run; with the file's descriptor
+	sayAsked   = 'q' // the group, the task in 4 bytes, the question's number in 4, 1 in one if the file is to run; with the file's descriptor
 	sayDropped = 'd' // alone; it took the agent for hanging and let all through
 )
 
@@ -57,7 +57,7 @@ type guard struct {
 	old       guardState // an earlier agent's
 	// Dropped is called when the guard has let all through.
 	dropped func()
-	asked   func(owner event.MountNS, task uint32, number int32, exec bool, file *os.File)
+	asked   func(name event.MountNS, task uint32, number int32, exec bool, file *os.File)
 	oldest  func() (time.Time, bool)
 	spoke   atomic.Int64 // when the guard last said anything, in nanoseconds since 1970
 

@@ -90,6 +90,7 @@ func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
 			return Pending{}, fmt.Errorf("measure %q in namespace %v: %w", l.name, n.ns, err)
 		}
 	}
+	s.gateSettles()
 	l.pending.event = ev
 	l.pending.mark = !l.inDoubt && ev.Policy == current && ev.Nlink > 0 && t.provable(ev)
 	return l.pending, nil

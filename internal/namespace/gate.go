@@ -37,6 +37,7 @@ var ErrNoGates = fmt.Errorf("this agent holds nothing up: %w", syscall.ENOTSUP)
 // Gates hold up opens; see package gate. They ask the tree, from goroutines of theirs, by Below and Ask.
 type Gates interface {
 	Open(ns event.MountNS, all bool) error
+	Renew(ns event.MountNS, all bool) error // the same, and file systems that are gone are watched no more
 	Close(ns event.MountNS) error
 	Flush(ns event.MountNS) error // ask about everything anew
 	Settled(f *event.File)        // the content that the hook saw needs no question any more
@@ -77,8 +78,27 @@ func (s *State) gateByDefault() {
 	}
 	if err := s.openGate(mode); err != nil {
 		s.tree.log.Error("programs of a namespace are not held up until they are measured", zap.Stringer("ns", s.ns), zap.Error(err))
-	} else if err := s.record(); err != nil {
+		return
+	}
+	s.gateEarly = true
+	if err := s.record(); err != nil {
 		s.tree.log.Error("the next agent will not know of a gate", zap.Stringer("ns", s.ns), zap.Error(err))
+	}
+}
+
+// gateSettles looks at a container's file systems anew when its first program runs: when it was given its gate, its namespace still had all
+// of the machine's.
+func (s *State) gateSettles() {
+	if !s.gateEarly {
+		return
+	}
+	s.gateEarly = false
+	if err := s.tree.config.Gates.Renew(s.ns, s.gate == GateAll); err != nil {
+		s.tree.log.Warn("a gate goes on watching file systems that its namespace does not have", zap.Stringer("ns", s.ns), zap.Error(err))
+		return
+	}
+	if err := s.tree.publish(s); err != nil { // each content is to have an event once more, by which it gets its ignore mark
+		s.tree.log.Warn("publish", zap.Stringer("ns", s.ns), zap.Error(err))
 	}
 }
 

@@ -53,6 +53,7 @@ type State struct {
 
 	// The goroutine that handles records only.
 	gateLooked time.Time           // when new file systems were last looked for
+	gateEarly  bool                // it was given its gate before its first program
 	ended      bool                // the list can't go on; its ancestors' lists say so
 	requests   []request           // for clones that are to be active
 	marks      []event.MeasuredKey // contents that the kernel side was told need no event any more

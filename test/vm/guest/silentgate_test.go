@@ -253,6 +253,54 @@ func TestNeverSilentGateAll(t *testing.T) {
 	}
 }
 
+// A container that is given its vTPM is given its gate, which watches its own file system and not the machine's.
+func TestNeverSilentGateOfContainer(t *testing.T) {
+	sample(t, "6.12")
+	a := startAgent(t, "--namespaces", "containers", "--gate", "exec", "--gate-timeout", "20s")
+	useWrapper(t, a)
+	root := tenantRoot(t)
+	sh(t, fmt.Sprintf("mount -t tmpfs none %[1]s && mkdir -p %[1]s/proc %[1]s/dev %[1]s/sys %[1]s/tmp %[1]s/bin && cp /bin/busybox %[1]s/bin/ && for c in sh mkdir sleep cat true; do ln -s busybox %[1]s/bin/$c; done", root))
+	t.Cleanup(func() { exec.Command("umount", "--lazy", root).Run() })
+	c := startBundle(t, "runc", root, "gated", func(spec map[string]any) {
+		mounts := spec["mounts"].([]any)
+		spec["mounts"] = mounts[:len(mounts)-1] // without the machine's programs
+	})
+	g := &gated{agent: a, t: t, pid: c.pid, ns: c.ns(), dir: root, tpm: a.swtpmOf(a.dir + "/state/containers/gated/"), stopped: 2 * time.Second}
+	if out := a.cli("ns", "show", g.ns); !strings.Contains(out, "exec") {
+		t.Errorf("no gate: %s", out)
+	}
+	run := func(name string) *exec.Cmd {
+		text := fmt.Sprintf("#!/bin/sh\n: >/tmp/%s.ran\n", name)
+		if err := os.WriteFile(root+"/tmp/"+name, []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return exec.Command(c.exec[0], append(c.exec[1:], "/tmp/"+name)...)
+	}
+	if out, err := run("first").CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	g.signalTPM(syscall.SIGSTOP)
+	cmd := run("held")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(3 * time.Second)
+	early := exists(root + "/tmp/held.ran")
+	g.signalTPM(syscall.SIGCONT)
+	if err := cmd.Wait(); err != nil || early || !exists(root+"/tmp/held.ran") {
+		t.Errorf("%v; it ran early: %v, ran: %v", err, early, exists(root+"/tmp/held.ran"))
+	}
+	before := g.asked()
+	for range 10 {
+		sh(t, "true")
+	}
+	if n := g.asked() - before; n != 0 {
+		t.Errorf("%d questions about the machine's programs", n)
+	}
+	a.verifyNow(g.ns)
+	a.removed(c)
+}
+
 // asked is how many questions were answered.
 func (g *gated) asked() uint64 {
 	g.t.Helper()
