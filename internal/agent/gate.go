@@ -107,11 +107,8 @@ func (g *gates) ask(ctx context.Context, owner event.MountNS, a *gate.Asked) err
 const missedTimeout = time.Minute
 
 // missed records that a file is used before it was measured. Nobody waits for it: the open was held up long enough.
-func (g *gates) missed(owner event.MountNS, a *gate.Asked, _ error) {
-	name := "unknown"
-	if a != nil {
-		name = a.Event.Path
-	}
+func (g *gates) missed(owner event.MountNS, a *gate.Asked) {
+	name := a.Event.Path
 	go func() {
 		ctx, cancel := context.WithTimeout(context.Background(), missedTimeout)
 		defer cancel()

@@ -53,7 +53,7 @@ func AttributesOf(f *os.File, ev *event.File) (*Attributes, error) {
 	if err != nil {
 		return nil, err
 	}
-	return a, same(f, ev)
+	return a, Same(f, ev)
 }
 
 func readAttributes(f *os.File) (*Attributes, error) {

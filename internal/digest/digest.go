@@ -61,7 +61,7 @@ func Versioned(fsMagic uint64) bool {
 // Sum hashes the open file in each algorithm by one pass. It fails with ErrChanged unless the file is the content that the
 // event saw, before and after.
 func Sum(f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error) {
-	if err := same(f, ev); err != nil {
+	if err := Same(f, ev); err != nil {
 		return nil, err
 	}
 	hashes := make([]hash.Hash, len(algos))
@@ -76,7 +76,7 @@ func Sum(f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error
 	if err != nil {
 		return nil, fmt.Errorf("hash %s: %w", f.Name(), err)
 	}
-	if err := same(f, ev); err != nil {
+	if err := Same(f, ev); err != nil {
 		return nil, err
 	}
 	if total != ev.Content.Size {
@@ -93,9 +93,9 @@ func Sum(f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error
 	return sums, nil
 }
 
-// same checks that an open file is the inode and the version that the event saw. Under overlayfs statx shows the real inode's
-// number, size and times, but a device of the overlay's own.
-func same(f *os.File, ev *event.File) error {
+// Same checks that an open file, if only for its path, is the inode and the version that the event saw. Under overlayfs statx shows the real
+// inode's number, size and times, but a device of the overlay's own. Errors: ErrUnreachable, ErrChanged, or that of statx.
+func Same(f *os.File, ev *event.File) error {
 	var st unix.Statx_t
 	want := unix.STATX_INO | unix.STATX_SIZE | unix.STATX_CTIME | unix.STATX_TYPE
 	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, want, &st); err != nil {

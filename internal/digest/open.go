@@ -77,7 +77,7 @@ const openFlags = unix.O_PATH | unix.O_CLOEXEC
 func verified(found int, ev *event.File) (*os.File, error) {
 	path := os.NewFile(uintptr(found), ev.Path)
 	defer path.Close()
-	if err := same(path, ev); err != nil {
+	if err := Same(path, ev); err != nil {
 		return nil, err
 	}
 	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", found), unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"os"
 	"time"
-	"unsafe"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -61,17 +60,10 @@ type question struct {
 func (q *question) answer() {
 	allow := q.decide()
 	q.file.Close()
-	r := unix.FanotifyResponse{Fd: q.number, Response: unix.FAN_ALLOW}
-	if !allow {
-		r.Response = unix.FAN_DENY
-	}
 	q.gate.mu.Lock()
 	delete(q.gate.oldest, q.number)
 	q.gate.mu.Unlock()
-	written := control(q.gate.group, func(fd int) error {
-		_, err := unix.Write(fd, (*[unsafe.Sizeof(r)]byte)(unsafe.Pointer(&r))[:])
-		return err
-	})
+	written := control(q.gate.group, func(fd int) error { return respond(fd, q.number, allow) })
 	// ENOENT: the task was killed, or the guard has answered. The end of the gate: the kernel has.
 	if written != nil && !errors.Is(written, unix.ENOENT) && q.gate.ctx.Err() == nil {
 		q.gate.gates.config.Log.Error("answer", zap.Stringer("ns", q.gate.owner), zap.Error(written))
@@ -109,7 +101,7 @@ func (q *question) decide() bool {
 	if err != nil {
 		c.Log.Warn("not measured before its use", zap.Stringer("ns", g.owner), zap.String("file", q.path(a)), zap.Bool("denied", c.Closed), zap.Error(err))
 		if !c.Closed && errors.Is(err, context.DeadlineExceeded) { // else the hook finds it new to the list
-			c.Missed(g.owner, a, err)
+			c.Missed(g.owner, a)
 		}
 		return !c.Closed
 	}
@@ -151,24 +143,25 @@ func (q *question) ignore(fd int32, mask uint64) error {
 }
 
 // function is what the open is to rules. What an exec opens after the program is known from the program: a script's interpreter runs, an
-// ELF program's is mapped. Where neither is known, and the file may be such an interpreter, it is both.
+// ELF program's is mapped. Where that is not known, as nobody asked about the program, what may be such an interpreter is taken to run.
 func (q *question) function(kind fileKind) ima.Func {
 	if !q.exec {
 		return ima.MmapCheck
 	}
+	const tasksMax = 4096
 	g := q.gate
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	f, known := g.next[q.task]
-	delete(g.next, q.task)
-	switch {
-	case known && f == ima.MmapCheck && kind == interpreter:
+	mapped := g.dynamic[q.task] && kind == interpreter
+	delete(g.dynamic, q.task)
+	if mapped {
 		return ima.MmapCheck
-	case kind == dynamic:
-		if len(g.next) >= 4096 {
-			clear(g.next)
+	}
+	if kind == dynamic {
+		if len(g.dynamic) >= tasksMax {
+			clear(g.dynamic)
 		}
-		g.next[q.task] = ima.MmapCheck
+		g.dynamic[q.task] = true
 	}
 	return ima.BPRMCheck
 }

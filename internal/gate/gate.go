@@ -29,7 +29,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/event"
-	"imans.dev/imans-agent/internal/ima"
 )
 
 // Config says what to ask, and how long an answer may take.
@@ -38,8 +37,8 @@ type Config struct {
 	Ask func(ctx context.Context, owner event.MountNS, a *Asked) error
 	// Below reports whether the namespace of an inode number is the owner or below it, and whether that is known yet.
 	Below func(owner event.MountNS, inum uint32) (below, known bool)
-	// Missed is told of a file that is used though Ask did not return in time, or failed.
-	Missed func(owner event.MountNS, a *Asked, because error)
+	// Missed is told of a file that is used though Ask did not return in time.
+	Missed func(owner event.MountNS, a *Asked)
 	// Dropped is told that the guard let all through and took the marks off: whoever had gates opens them again.
 	Dropped func()
 	Timeout time.Duration // that an open is held up at most
@@ -122,10 +121,9 @@ type gate struct {
 	ctx   context.Context // ends with the gate
 	end   context.CancelFunc
 	done  sync.WaitGroup
-	// next is what each task that was asked about will open next in the same exec, as far as its file tells.
-	next map[uint32]ima.Func
 
 	mu      sync.Mutex
+	dynamic map[uint32]bool // tasks that were asked about a program which names an ELF interpreter: the same exec opens that next
 	marked  map[uint64]bool // devices
 	oldest  map[int32]time.Time
 	timeout bool // the last answer came too late
@@ -198,7 +196,7 @@ func (g *Gates) begin(owner event.MountNS) (*gate, error) {
 		return nil, fmt.Errorf("gate of namespace %v: fanotify: %w; the kernel needs CONFIG_FANOTIFY_ACCESS_PERMISSIONS", owner, err)
 	}
 	one := &gate{
-		gates: g, owner: owner, group: os.NewFile(uintptr(fd), "fanotify"), next: make(map[uint32]ima.Func),
+		gates: g, owner: owner, group: os.NewFile(uintptr(fd), "fanotify"), dynamic: make(map[uint32]bool),
 		marked: make(map[uint64]bool), oldest: make(map[int32]time.Time),
 	}
 	one.ctx, one.end = context.WithCancel(context.Background())

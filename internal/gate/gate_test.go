@@ -75,7 +75,7 @@ func mount(t *testing.T, c Config) *mounted {
 	if c.Below == nil {
 		c.Below = func(event.MountNS, uint32) (bool, bool) { return true, true }
 	}
-	c.Missed = func(event.MountNS, *Asked, error) { m.missed.Add(1) }
+	c.Missed = func(event.MountNS, *Asked) { m.missed.Add(1) }
 	c.Dropped = func() {
 		m.open()
 		m.dropped.Add(1)

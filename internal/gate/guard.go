@@ -1,7 +1,6 @@
 package gate
 
 import (
-	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -9,12 +8,10 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -24,24 +21,7 @@ import (
 	"imans.dev/imans-agent/internal/proc"
 )
 
-// The agent tells its guard, a message each: a byte of these and a group's name, which is a number in 8 bytes and the namespace's inode number in 4,
-// little endian, or for sayAnswered a question's number in 4.
 const (
-	sayAdd      = 'a' // with the group's descriptor (SCM_RIGHTS)
-	sayRemove   = 'r'
-	sayAlive    = 'h' // alone; the guard says it back
-	sayLeave    = 'l' // alone; when the agent has ended: hold the gates closed
-	sayAnswered = 'n' // alone but for the number
-	// And the guard the agent:
-	sayAsked   = 'q' // the group, the task in 4 bytes, the question's number in 4, 1 in one if the file is to run; with the file's descriptor
-	sayDropped = 'd' // alone; it took the agent for hanging and let all through
-)
-
-const (
-	messageSize  = 1 + 8 + 4
-	askedSize    = messageSize + 4 + 4 + 1
-	answeredSize = 1 + 4
-
 	aliveEvery = 500 * time.Millisecond
 	// hangAfter is how much longer than the longest answer the agent may be silent.
 	hangAfter = 2 * time.Second
@@ -55,7 +35,7 @@ type guard struct {
 	args      []string
 	stateFile string
 	old       guardState // an earlier agent's
-	// Dropped is called when the guard has let all through.
+	// dropped is called when the guard has let all through.
 	dropped func()
 	asked   func(name event.MountNS, task uint32, number int32, exec bool, file *os.File)
 	oldest  func() (time.Time, bool)
@@ -65,7 +45,7 @@ type guard struct {
 	conn int // -1: none runs
 	cmd  *exec.Cmd
 	stop chan struct{}
-	held map[event.MountNS]*os.File
+	held map[event.MountNS]*os.File // groups by their names
 }
 
 // guardState names a running guard.
@@ -111,14 +91,14 @@ func (g *guard) run() error {
 	if err := g.record(); err != nil {
 		g.config.Log.Warn("the next agent will not know the guard", zap.Error(err))
 	}
-	for ns, group := range g.held {
-		if err := g.send(sayAdd, ns, group); err != nil {
-			return err
-		}
-	}
 	g.spoke.Store(time.Now().UnixNano())
 	go g.tell(g.conn, cmd, g.stop)
 	go g.listen(g.conn, cmd)
+	for name, group := range g.held {
+		if err := g.send(sayAdd, name, group); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -181,7 +161,7 @@ func (g *guard) listen(conn int, cmd *exec.Cmd) {
 				continue
 			}
 			task, number := binary.LittleEndian.Uint32(buf[messageSize:]), binary.LittleEndian.Uint32(buf[messageSize+4:])
-			g.asked(namespaceIn(buf), task, int32(number), buf[askedSize-1] == 1, os.NewFile(uintptr(fd), "asked"))
+			g.asked(nameIn(buf), task, int32(number), buf[askedSize-1] == 1, os.NewFile(uintptr(fd), "asked"))
 		}
 	}
 	cmd.Wait()
@@ -208,36 +188,34 @@ func (g *guard) listen(conn int, cmd *exec.Cmd) {
 func (g *guard) unmark() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for ns, group := range g.held {
-		err := control(group, func(fd int) error {
-			return unix.FanotifyMark(fd, unix.FAN_MARK_FLUSH|unix.FAN_MARK_FILESYSTEM, 0, unix.AT_FDCWD, "")
-		})
+	for name, group := range g.held {
+		err := control(group, unmark)
 		if err != nil {
-			g.config.Log.Error("take marks off", zap.Stringer("ns", ns), zap.Error(err))
+			g.config.Log.Error("take marks off", zap.Stringer("group", name), zap.Error(err))
 		}
 	}
 }
 
-func (g *guard) add(ns event.MountNS, group *os.File) error {
+func (g *guard) add(name event.MountNS, group *os.File) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.held[ns] = group
-	return g.send(sayAdd, ns, group)
+	g.held[name] = group
+	return g.send(sayAdd, name, group)
 }
 
-func (g *guard) remove(ns event.MountNS) error {
+func (g *guard) remove(name event.MountNS) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	delete(g.held, ns)
+	delete(g.held, name)
 	if g.conn < 0 {
 		return nil
 	}
-	return g.send(sayRemove, ns, nil)
+	return g.send(sayRemove, name, nil)
 }
 
 // send is called with g.mu held.
-func (g *guard) send(what byte, ns event.MountNS, group *os.File) error {
-	message := appendNamespace([]byte{what}, ns)
+func (g *guard) send(what byte, name event.MountNS, group *os.File) error {
+	message := appendName([]byte{what}, name)
 	if group == nil {
 		return unix.Sendmsg(g.conn, message, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
 	}
@@ -329,245 +307,4 @@ func EndGuard(stateFile string) error {
 		return err
 	}
 	return s.end()
-}
-
-// control calls f with a file's descriptor, which stays open meanwhile. Unlike Fd it leaves the file's mode alone.
-func control(file *os.File, f func(fd int) error) error {
-	raw, err := file.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var result error
-	if err := raw.Control(func(fd uintptr) { result = f(int(fd)) }); err != nil {
-		return err
-	}
-	return result
-}
-
-// Guard is the guard's own work, in a process of its own: conn is the socket to the agent, whose process number is given. It takes all
-// questions. Those about what the agent and its descendants open it answers at once: the agent could not, as Go runs nothing else on a
-// processor whose thread waits for a child's exec, nor collects garbage. The others it hands on.
-//
-// While the agent says nothing for longer than patience, all who wait are let through, or turned away if closed, and the marks are taken
-// off. It returns when the agent has ended; if closed, and the agent did not end its gates itself, it goes on turning all away instead,
-// until it is killed.
-func Guard(conn, agent int, patience time.Duration, closed bool) error {
-	null, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open /dev/null: %w", err)
-	}
-	w := &watch{conn: conn, agent: agent, null: null, closed: closed, groups: make(map[event.MountNS]int), waiting: make(map[int32]int)}
-	buf, oob := make([]byte, messageSize), make([]byte, unix.CmsgSpace(4))
-	last, hangs := time.Now(), false
-	for {
-		ready, err := w.poll(conn)
-		if err != nil {
-			return err
-		}
-		if ready {
-			size, oobn, _, _, err := unix.Recvmsg(conn, buf, oob, unix.MSG_CMSG_CLOEXEC)
-			if errors.Is(err, unix.EINTR) {
-				continue
-			}
-			if err != nil || size == 0 {
-				return w.orphaned()
-			}
-			if hangs {
-				hangs = false
-				unix.Send(conn, []byte{sayDropped}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
-			}
-			last = time.Now()
-			if err := w.heard(buf[:size], oob[:oobn]); err != nil {
-				return err
-			}
-		}
-		if !hangs && time.Since(last) > patience {
-			hangs = true
-			w.takeOver()
-		}
-		w.questions(!hangs)
-	}
-}
-
-// watch is what the guard knows.
-type watch struct {
-	conn    int // to the agent
-	agent   int
-	null    int
-	closed  bool
-	leave   bool
-	groups  map[event.MountNS]int
-	waiting map[int32]int // questions that were handed on, by their numbers, which are descriptors; and their groups
-}
-
-// poll waits a moment for the agent to say something, which it reports, or for a question. conn may be none: -1.
-func (w *watch) poll(conn int) (bool, error) {
-	fds := []unix.PollFd{{Fd: int32(conn), Events: unix.POLLIN}}
-	for _, fd := range w.groups {
-		fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
-	}
-	if _, err := unix.Poll(fds, 100); err != nil && !errors.Is(err, unix.EINTR) {
-		return false, err
-	}
-	return fds[0].Revents != 0, nil
-}
-
-func (w *watch) heard(message, oob []byte) error {
-	switch {
-	case message[0] == sayAlive:
-		unix.Send(w.conn, message, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT) // an agent that does not listen is noticed otherwise
-	case message[0] == sayLeave:
-		w.leave = true
-	case message[0] == sayAnswered && len(message) == answeredSize:
-		number := int32(binary.LittleEndian.Uint32(message[1:]))
-		if _, ok := w.waiting[number]; ok {
-			delete(w.waiting, number)
-			unix.Close(int(number))
-		}
-	case message[0] == sayAdd && len(message) == messageSize:
-		fd, err := descriptorIn(oob)
-		if err != nil {
-			return err
-		}
-		w.groups[namespaceIn(message)] = fd
-	case message[0] == sayRemove && len(message) == messageSize && !w.leave:
-		ns := namespaceIn(message)
-		if group, ok := w.groups[ns]; ok {
-			delete(w.groups, ns)
-			for number, of := range w.waiting {
-				if of == group {
-					w.respond(group, number, false)
-					delete(w.waiting, number)
-					unix.Close(int(number))
-				}
-			}
-			unix.Close(group)
-		}
-	}
-	return nil
-}
-
-// descriptorIn returns the one descriptor of a control message.
-func descriptorIn(oob []byte) (int, error) {
-	controls, err := unix.ParseSocketControlMessage(oob)
-	if err == nil && len(controls) == 1 {
-		var fds []int
-		if fds, err = unix.ParseUnixRights(&controls[0]); err == nil && len(fds) == 1 {
-			return fds[0], nil
-		}
-	}
-	return -1, fmt.Errorf("a message without a descriptor: %w", cmp.Or(err, errors.ErrUnsupported))
-}
-
-func namespaceIn(message []byte) event.MountNS {
-	return event.MountNS{ID: binary.LittleEndian.Uint64(message[1:]), Inum: binary.LittleEndian.Uint32(message[9:])}
-}
-
-// orphaned is what to do when the agent has ended.
-func (w *watch) orphaned() error {
-	if !w.closed || len(w.groups) == 0 {
-		return nil // the kernel lets all through who wait
-	}
-	w.takeOver()
-	for {
-		w.questions(false)
-		if _, err := w.poll(-1); err != nil {
-			return err
-		}
-	}
-}
-
-// takeOver answers what the agent was asked and did not answer, and takes the marks off, unless closed.
-func (w *watch) takeOver() {
-	for _, group := range w.groups {
-		if !w.closed {
-			unix.FanotifyMark(group, unix.FAN_MARK_FLUSH|unix.FAN_MARK_FILESYSTEM, 0, unix.AT_FDCWD, "")
-		}
-	}
-	for number, group := range w.waiting {
-		w.respond(group, number, w.closed) // one that was answered meanwhile is no question any more
-		unix.Close(int(number))
-	}
-	clear(w.waiting)
-}
-
-// questions takes all that is asked now, and hands on what the agent is to answer.
-func (w *watch) questions(handOn bool) {
-	buf := make([]byte, 4096)
-	for ns, group := range w.groups {
-		for {
-			n, err := unix.Read(group, buf)
-			if err != nil || n <= 0 {
-				break // of an event whose file can't be opened the kernel disposes itself
-			}
-			for at := 0; at+int(unix.FAN_EVENT_METADATA_LEN) <= n; {
-				m := (*unix.FanotifyEventMetadata)(unsafe.Pointer(&buf[at]))
-				at += int(m.Event_len)
-				if m.Fd < 0 {
-					continue
-				}
-				ours := handOn && isBelow(int(m.Pid), func(pid int) bool { return pid == w.agent })
-				if !ours && handOn && w.handOn(ns, m) {
-					// The number is taken until it is answered, but the file is not open here any more, as one in use would be.
-					unix.Dup3(w.null, int(m.Fd), unix.O_CLOEXEC)
-					w.waiting[m.Fd] = group
-					continue
-				}
-				inside := func(pid int) bool {
-					of, err := proc.Namespace(pid, "mnt")
-					return err == nil && of == ns.Inum
-				}
-				w.respond(group, m.Fd, !ours && w.closed && isBelow(int(m.Pid), inside))
-				unix.Close(int(m.Fd))
-			}
-		}
-	}
-}
-
-// handOn gives the agent a question; false: it has too many that it did not take.
-func (w *watch) handOn(ns event.MountNS, m *unix.FanotifyEventMetadata) bool {
-	message := appendNamespace([]byte{sayAsked}, ns)
-	message = binary.LittleEndian.AppendUint32(message, uint32(m.Pid))
-	message = binary.LittleEndian.AppendUint32(message, uint32(m.Fd))
-	exec := byte(0)
-	if m.Mask&unix.FAN_OPEN_EXEC_PERM != 0 {
-		exec = 1
-	}
-	return unix.Sendmsg(w.conn, append(message, exec), unix.UnixRights(int(m.Fd)), nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT) == nil
-}
-
-func appendNamespace(message []byte, ns event.MountNS) []byte {
-	return binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint64(message, ns.ID), ns.Inum)
-}
-
-// isBelow reports whether a task is one of those meant, or descends from one. With a file system that others have too, and without the agent,
-// nobody knows better which of them are in a namespace or below it.
-func isBelow(task int, meant func(pid int) bool) bool {
-	const descent = 64
-	status, err := readStatus(task)
-	if err != nil {
-		return false
-	}
-	pid := int(status.number("Tgid")) // the parent of a thread is not its process
-	for n := 0; pid > 1 && n < descent; n++ {
-		if meant(pid) {
-			return true
-		}
-		fields, err := proc.Stat(pid)
-		if err != nil {
-			return false
-		}
-		if pid, err = strconv.Atoi(fields[proc.StatParent]); err != nil {
-			return false
-		}
-	}
-	return false
-}
-
-func (w *watch) respond(group int, fd int32, deny bool) {
-	r := unix.FanotifyResponse{Fd: fd, Response: unix.FAN_ALLOW}
-	if deny {
-		r.Response = unix.FAN_DENY
-	}
-	unix.Write(group, (*[unsafe.Sizeof(r)]byte)(unsafe.Pointer(&r))[:])
 }

@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"imans.dev/imans-agent/internal/digest"
 	"imans.dev/imans-agent/internal/event"
 )
 
@@ -102,10 +103,7 @@ func (k keptFile) settle() {
 	if q.ignore(fd, mask) != nil {
 		return // gone, or closed: asked again
 	}
-	var st unix.Statx_t
-	err := unix.Statx(int(fd), "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS, &st)
-	c := k.asked.Event.Content
-	if err != nil || st.Size != c.Size || st.Ctime.Sec != c.CtimeSec || st.Ctime.Nsec != c.CtimeNsec {
+	if digest.Same(k.file, k.asked.Event) != nil {
 		q.gate.change(unix.FAN_MARK_REMOVE|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(int(fd)))
 	}
 }
