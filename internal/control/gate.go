@@ -2,7 +2,6 @@ package control
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -39,15 +38,5 @@ func (s *Server) setGate(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	ns := v.Info.NS
-	err = s.do(r.Context(), func(ctx context.Context) error { return s.tree.SetGate(ctx, ns, mode) })
-	switch {
-	case errors.Is(err, namespace.ErrInactive):
-		s.fail(w, http.StatusConflict, fmt.Errorf("%w; first: imans-agent ns activate %v", err, ns))
-	case err != nil:
-		s.fail(w, http.StatusConflict, err)
-	default:
-		if v, ok = s.find(w, r); ok {
-			s.reply(w, shown(r, v.Info))
-		}
-	}
+	s.changed(w, r, v.Info, s.do(r.Context(), func(ctx context.Context) error { return s.tree.SetGate(ctx, ns, mode) }))
 }

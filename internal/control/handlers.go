@@ -190,11 +190,19 @@ func (s *Server) activate(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	ns := v.Info.NS
-	if err := s.do(r.Context(), func(ctx context.Context) error { return s.tree.Activate(ctx, ns) }); err != nil {
+	s.changed(w, r, v.Info, s.do(r.Context(), func(ctx context.Context) error { return s.tree.Activate(ctx, ns) }))
+}
+
+// changed answers what came of a change of the namespace: how it is now, or why nothing was changed.
+func (s *Server) changed(w http.ResponseWriter, r *http.Request, i namespace.Info, err error) {
+	if errors.Is(err, namespace.ErrInactive) {
+		err = fmt.Errorf("%w; first: imans-agent ns activate %v", err, i.NS)
+	}
+	if err != nil {
 		s.fail(w, http.StatusConflict, err)
 		return
 	}
-	if v, ok = s.find(w, r); ok {
+	if v, ok := s.find(w, r); ok {
 		s.reply(w, shown(r, v.Info))
 	}
 }

@@ -58,16 +58,10 @@ func (s *Server) loadPolicy(w http.ResponseWriter, r *http.Request) {
 		}
 		return s.tree.AppendPolicy(ctx, ns, rules, maps)
 	})
-	switch {
-	case errors.Is(err, namespace.ErrInactive):
-		s.fail(w, http.StatusConflict, fmt.Errorf("%w; first: imans-agent ns activate %v", err, ns))
-	case err != nil:
-		s.fail(w, http.StatusConflict, fmt.Errorf("nothing was loaded: %w", err))
-	default:
-		if v, ok = s.find(w, r); ok {
-			s.reply(w, shown(r, v.Info))
-		}
+	if err != nil && !errors.Is(err, namespace.ErrInactive) {
+		err = fmt.Errorf("nothing was loaded: %w", err)
 	}
+	s.changed(w, r, v.Info, err)
 }
 
 // idsOf returns how whoever asks about a namespace numbers ids.
