@@ -35,11 +35,12 @@ const volatile bool imans_kernel_digest = true;
 
 /* ---- Files ---- */
 
-static __noinline int imans_run(struct file *file)
+/* A file that is about to run, or to be mapped executable. */
+static __noinline int imans_look_at_file(struct file *file, __u32 func, __u32 flags)
 {
 	struct imans_look look;
 
-	if (imans_needs_event(file, IMANS_BPRM_CHECK, 0, &look)) {
+	if (imans_needs_event(file, func, flags, &look)) {
 		look.vma_start = look.vma_end = 0;
 		imans_submit_file(file, &look);
 	}
@@ -51,19 +52,8 @@ SEC("lsm.s/bprm_check_security")
 int BPF_PROG(imans_bprm_check_security, struct linux_binprm *bprm, int ret)
 {
 	if (!ret)
-		imans_run(bprm->file);
+		imans_look_at_file(bprm->file, IMANS_BPRM_CHECK, 0);
 	return ret;
-}
-
-static __noinline int imans_map_executable(struct file *file, __u32 flags)
-{
-	struct imans_look look;
-
-	if (imans_needs_event(file, IMANS_MMAP_CHECK, flags, &look)) {
-		look.vma_start = look.vma_end = 0;
-		imans_submit_file(file, &look);
-	}
-	return 0;
 }
 
 /*
@@ -75,7 +65,7 @@ int BPF_PROG(imans_mmap_file, struct file *file, unsigned long reqprot, unsigned
 {
 	if (!(prot & PROT_EXEC) || ret || !file)
 		return ret;
-	return imans_map_executable(file, reqprot & PROT_EXEC ? IMANS_REQPROT : 0);
+	return imans_look_at_file(file, IMANS_MMAP_CHECK, reqprot & PROT_EXEC ? IMANS_REQPROT : 0);
 }
 
 static __noinline int imans_make_executable(struct vm_area_struct *vma, __u32 flags)
