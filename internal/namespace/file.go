@@ -166,6 +166,9 @@ func (l *look) query(f ima.Func) *policy.Query {
 func (l *look) measure(n, s *State) error {
 	for _, f := range l.functions() {
 		d := n.policy.Match(l.query(f))
+		if l.file != nil {
+			d.Actions &^= ima.Audit // the hook's event is what happened
+		}
 		if d.Actions&(ima.Measure|ima.Audit) == 0 {
 			continue
 		}
@@ -269,7 +272,7 @@ func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
 	}
 	receipt := n.list.Append(e)
 	l.pending.entries = append(l.pending.entries, pendingEntry{n, receipt})
-	if n == l.tree.native && l.tree.config.NativeTPM != nil {
+	if n == l.tree.native && l.tree.config.NativeTPM != nil && l.file == nil {
 		l.tree.latencies.add(receipt, l.ev.Boottime)
 	}
 	return nil
@@ -296,13 +299,13 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 	if d, ok := l.digests[algo]; ok || l.loss != 0 {
 		return d, l.loss
 	}
-	if cacheable && l.file == nil {
+	if l.file != nil {
+		return l.sumOfQuestion(algo)
+	}
+	if cacheable {
 		if d := l.tree.cache.Get(l.ev.Content, algo); !d.IsNone() {
 			return d, 0
 		}
-	}
-	if l.file != nil {
-		return l.sumOfQuestion(algo)
 	}
 	sums, err := digest.Hash(l.ev, l.root(s), algo)
 	if err != nil {

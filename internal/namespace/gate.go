@@ -102,18 +102,8 @@ func (s *State) gateSettles() {
 	}
 }
 
-// reopenGate opens the gate that an earlier agent, or one that hung, had. What ran without is told of: the gate counts as there all the time.
-func (s *State) reopenGate(mode GateMode) {
-	s.setGate(mode, s.gateSince)
-	if s.tree.config.Gates == nil || mode == GateOff || mode == "" {
-		return
-	}
-	if err := s.tree.config.Gates.Open(s.ns, mode == GateAll); err != nil {
-		s.tree.log.Error("programs of a namespace are not held up until they are measured", zap.Stringer("ns", s.ns), zap.Error(err))
-	}
-}
-
-// ReopenGates puts the marks of all gates back that the guard took off.
+// ReopenGates opens the gates that an earlier agent had, and puts the marks back that the guard took off. What ran without is told of: such
+// a gate counts as there all the time.
 func (t *Tree) ReopenGates() {
 	t.mu.Lock()
 	var gated []*State
@@ -124,7 +114,9 @@ func (t *Tree) ReopenGates() {
 	}
 	t.mu.Unlock()
 	for _, s := range gated {
-		s.reopenGate(s.gate)
+		if err := t.config.Gates.Open(s.ns, s.gate == GateAll); err != nil {
+			t.log.Error("programs of a namespace are not held up until they are measured", zap.Stringer("ns", s.ns), zap.Error(err))
+		}
 	}
 }
 

@@ -97,20 +97,27 @@ func (g *gated) violations() map[string]int {
 	return violations
 }
 
+// whileStopped starts a command, stops the vTPM for a while from before that, and returns how the command ended, and whether by then it had
+// made the file that tells that it ran.
+func (g *gated) whileStopped(cmd *exec.Cmd, ran string, d time.Duration) (early bool, err error) {
+	g.t.Helper()
+	g.signalTPM(syscall.SIGSTOP)
+	if err := cmd.Start(); err != nil {
+		g.t.Fatal(err)
+	}
+	time.Sleep(d)
+	early = exists(ran)
+	g.signalTPM(syscall.SIGCONT)
+	return early, cmd.Wait()
+}
+
 // waits checks that a script waits while the TPM takes nothing, and runs when it does.
 func (g *gated) waits(name string) {
 	g.t.Helper()
 	path, ran := g.script(name)
 	g.runs("/bin/sh", "-c", ":") // what the script needs is measured
-	g.signalTPM(syscall.SIGSTOP)
-	cmd := g.command(path)
-	if err := cmd.Start(); err != nil {
-		g.t.Fatal(err)
-	}
-	time.Sleep(g.stopped)
-	early := exists(ran)
-	g.signalTPM(syscall.SIGCONT)
-	if err := cmd.Wait(); err != nil {
+	early, err := g.whileStopped(g.command(path), ran, g.stopped)
+	if err != nil {
 		g.t.Errorf("%s: %v", path, err)
 	}
 	if early {
@@ -127,6 +134,7 @@ func (g *gated) waits(name string) {
 // A gated program waits until its entry is in the TPM; the next time, and the file unchanged, nobody is asked.
 func TestNeverSilentGate(t *testing.T) {
 	sample(t, "6.1", "6.18")
+	began := time.Now()
 	a := startAgent(t, "--namespaces", "all", "--gate-timeout", "20s")
 	g := startGated(t, a, "exec")
 	g.waits("first")
@@ -219,6 +227,9 @@ func TestNeverSilentGate(t *testing.T) {
 		}
 	})
 	a.verifyNow(g.ns)
+	if s, err := g.client().Status(t.Context()); err != nil || time.Duration(s.Latency.Max)*time.Microsecond > time.Since(began) {
+		t.Errorf("a question counts as a hook: the longest took %d µs, %v", s.Latency.Max, err)
+	}
 	g.cli("ns", "gate", g.ns, "off")
 	path, ran := g.script("off")
 	g.signalTPM(syscall.SIGSTOP)
@@ -237,15 +248,8 @@ func TestNeverSilentGateAll(t *testing.T) {
 	sh(t, "cp -L $(ldd /bin/ls | grep -o '/[^ ]*/libselinux[^ ]*\\|/[^ ]*/libc.so[^ ]*' | head -n 1) "+library+" && echo unique >>"+library)
 	line := "LD_PRELOAD=" + library + " /bin/ls / >/dev/null && : >" + ran
 	g.runs("/bin/sh", "-c", "/bin/ls / >/dev/null") // all but the library is measured
-	g.signalTPM(syscall.SIGSTOP)
-	cmd := g.command("/bin/sh", "-c", line)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	time.Sleep(2 * time.Second)
-	early := exists(ran)
-	g.signalTPM(syscall.SIGCONT)
-	if err := cmd.Wait(); err != nil || early || !exists(ran) {
+	early, err := g.whileStopped(g.command("/bin/sh", "-c", line), ran, g.stopped)
+	if err != nil || early || !exists(ran) {
 		t.Errorf("%v; it ran early: %v, ran: %v", err, early, exists(ran))
 	}
 	if measured, violations := names(g.list(g.ns)); measured[library] != 1 || len(violations) != 0 {
@@ -265,7 +269,7 @@ func TestNeverSilentGateOfContainer(t *testing.T) {
 		mounts := spec["mounts"].([]any)
 		spec["mounts"] = mounts[:len(mounts)-1] // without the machine's programs
 	})
-	g := &gated{agent: a, t: t, pid: c.pid, ns: c.ns(), dir: root, tpm: a.swtpmOf(a.dir + "/state/containers/gated/"), stopped: 2 * time.Second}
+	g := &gated{agent: a, t: t, pid: c.pid, ns: c.ns(), dir: root, tpm: a.swtpmOf(a.dir + "/state/containers/gated/")}
 	if out := a.cli("ns", "show", g.ns); !strings.Contains(out, "exec") {
 		t.Errorf("no gate: %s", out)
 	}
@@ -279,15 +283,8 @@ func TestNeverSilentGateOfContainer(t *testing.T) {
 	if out, err := run("first").CombinedOutput(); err != nil {
 		t.Fatalf("%v %s", err, out)
 	}
-	g.signalTPM(syscall.SIGSTOP)
-	cmd := run("held")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	time.Sleep(3 * time.Second)
-	early := exists(root + "/tmp/held.ran")
-	g.signalTPM(syscall.SIGCONT)
-	if err := cmd.Wait(); err != nil || early || !exists(root+"/tmp/held.ran") {
+	early, err := g.whileStopped(run("held"), root+"/tmp/held.ran", 3*time.Second)
+	if err != nil || early || !exists(root+"/tmp/held.ran") {
 		t.Errorf("%v; it ran early: %v, ran: %v", err, early, exists(root+"/tmp/held.ran"))
 	}
 	before := g.asked()
@@ -375,15 +372,7 @@ func (g *gated) waitsUntilGated() {
 	g.waitsFor("the gate is back", func() bool {
 		path, ran := g.script(fmt.Sprintf("back%d", next))
 		next++
-		g.signalTPM(syscall.SIGSTOP)
-		cmd := g.command(path)
-		if err := cmd.Start(); err != nil {
-			g.t.Fatal(err)
-		}
-		time.Sleep(time.Second)
-		early := exists(ran)
-		g.signalTPM(syscall.SIGCONT)
-		cmd.Wait()
+		early, _ := g.whileStopped(g.command(path), ran, time.Second)
 		return !early
 	})
 }
