@@ -24,6 +24,9 @@ var nothingSource []byte
 //go:embed exec.sh
 var execScript []byte
 
+//go:embed rounds.sh
+var roundsScript []byte
+
 const (
 	execKernel = "6.12"
 	execRounds = 5
@@ -118,7 +121,7 @@ func measureExec(ctx context.Context, img *vm.Image, payload string) (string, er
 
 // compile makes the loops and the programs that they run.
 func compile(ctx context.Context, dir string) error {
-	for name, script := range map[string][]byte{"exec.sh": execScript, "clone.sh": cloneScript, "vtpm.sh": vtpmScript, "latency.sh": latencyScript, "gate.sh": gateScript} {
+	for name, script := range map[string][]byte{"exec.sh": execScript, "rounds.sh": roundsScript, "clone.sh": cloneScript, "vtpm.sh": vtpmScript, "latency.sh": latencyScript, "gate.sh": gateScript} {
 		if err := os.WriteFile(filepath.Join(dir, name), script, 0o755); err != nil {
 			return err
 		}
