@@ -43,8 +43,7 @@ const (
 
 // Kernel is the kernel side at work.
 type Kernel struct {
-	maps   map[string]*ebpf.Map
-	links  map[string]link.Link
+	held
 	losses *losses
 	ring   *ring
 	slots  *slots
@@ -262,11 +261,5 @@ func (k *Kernel) Close() error {
 	if k.losses != nil {
 		errs = append(errs, k.losses.close())
 	}
-	for _, l := range k.links {
-		errs = append(errs, l.Close())
-	}
-	for _, m := range k.maps {
-		errs = append(errs, m.Close())
-	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, k.held.close())...)
 }
