@@ -26,6 +26,7 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_ARRAY = 2,
 	BPF_MAP_TYPE_LRU_HASH = 9,
 	BPF_MAP_TYPE_RINGBUF = 27,
+	BPF_MAP_TYPE_TASK_STORAGE = 29,
 };
 
 /* include/uapi/linux/bpf.h */
@@ -33,6 +34,7 @@ enum bpf_map_type {
 #define BPF_NOEXIST 1
 #define BPF_F_NO_PREALLOC 1
 #define BPF_F_MMAPABLE (1 << 10)
+#define BPF_LOCAL_STORAGE_GET_F_CREATE 1
 #define BPF_RB_NO_WAKEUP 1
 #define BPF_RB_FORCE_WAKEUP 2
 /* include/uapi/linux/magic.h */
@@ -53,7 +55,10 @@ enum bpf_map_type {
 /* include/uapi/linux/capability.h */
 #define CAP_SETGID 6
 #define CAP_SETUID 7
-/* include/uapi/asm-generic/errno.h */
+/* include/uapi/linux/sched.h */
+#define CLONE_THREAD 0x10000
+/* include/uapi/asm-generic/errno-base.h, errno.h */
+#define EPERM 1
 #define ENAMETOOLONG 36
 /* fs/inode.c: the kernel's own flag in a multigrain time's nanoseconds */
 #define I_CTIME_QUERIED (1u << 31)
@@ -124,6 +129,7 @@ struct cred {
 	kuid_t euid;
 	kgid_t egid;
 	struct kernel_cap_word cap_effective;
+	struct user_namespace *user_ns;
 } BPF_CORE;
 
 struct cred___6_1 {

@@ -74,6 +74,8 @@ start takes over where this one stopped; imans-agent unload takes them out.`,
 	f.StringVar(&c.Gate.Mode, "gate", "off", "what waits in containers with a vTPM until it is measured and extended: off, exec (programs) or all (what may be mapped, too)")
 	f.DurationVar(&c.Gate.Timeout, "gate-timeout", 5*time.Second, "how long it waits at most; then it is used, and a violation says so")
 	f.BoolVar(&c.Gate.Closed, "gate-closed", false, "what was not measured by then may not be used, and nothing may that needs an answer while the agent is down")
+	f.BoolVar(&c.Protect, "protect", false, "let the kernel refuse who is in a container signals and ptrace to the agent and its vTPMs, and the removal of its pins")
+	f.BoolVar(&c.Confine, "confine", true, "give up the capabilities and the system calls that a running agent does not need")
 	f.StringVar(&c.Digest, "digest", "auto", "who hashes files: kernel, agent, or auto (kernel where it can)")
 	f.StringVar(&c.Template, "template", "ima-ng", "template of entries, as IMA's ima_template")
 	f.StringVar(&c.Hash, "hash", "sha256", "hash of files, as IMA's ima_hash")

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"imans.dev/imans-agent/internal/confine"
 	"imans.dev/imans-agent/internal/control"
 	"imans.dev/imans-agent/internal/durable"
 	"imans.dev/imans-agent/internal/event"
@@ -49,6 +50,8 @@ type Config struct {
 	PolicyDir string // policies that containers may name
 	NRI       NRI
 	Gate      Gate
+	Protect   bool   // who is in a container is kept from the agent and its vTPMs by the kernel
+	Confine   bool   // once started, capabilities and system calls that are not needed are given up
 	Digest    string // "auto", "kernel" or "agent"
 	Template  string
 	Hash      string // of files, as IMA's ima_hash
@@ -100,6 +103,11 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 		return err
 	}
 	defer closeTPM()
+	protection, err := protect(c, treeConfig.Dir, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, protection.close()) }()
 	kernel, err := loader.Open(loader.Options{
 		PinDir: c.PinDir, RingSize: c.RingSize, KernelDigest: useKernelDigest(c, kernelDigests, log), Types: types,
 	})
@@ -127,13 +135,28 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 			return err
 		}
 	}
-	return serve(ctx, c, kernel, tree, ways, held, log)
+	return serve(ctx, c, parts{kernel, tree, ways, held, protection}, log)
+}
+
+// parts are what the agent serves with.
+type parts struct {
+	kernel     *loader.Kernel
+	tree       *namespace.Tree
+	ways       *reach.Ways
+	gates      *gates
+	protection *protection
 }
 
 // serve runs the pump and the control socket until one fails or ctx ends.
-func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace.Tree, ways *reach.Ways, held *gates, log *zap.Logger) error {
-	p := newPump(kernel, tree, log)
-	held.pump, p.expire = p, held.Expire
+func serve(ctx context.Context, c Config, with parts, log *zap.Logger) error {
+	if c.Confine {
+		if err := errors.Join(confine.Capabilities(), confine.SystemCalls()); err != nil {
+			return fmt.Errorf("%w; run it as root with CAP_SYS_ADMIN and CAP_SETPCAP, or with --confine=false", err)
+		}
+	}
+	tree := with.tree
+	p := newPump(with.kernel, tree, log)
+	with.gates.pump, p.expire = p, with.gates.Expire
 	if err := p.catchUp(ctx); err != nil {
 		return err
 	}
@@ -143,7 +166,7 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	var given *containers
 	if c.NSTPM == "swtpm" {
 		var err error
-		if given, err = openContainers(ctx, c, p, tree, ways, log); err != nil {
+		if given, err = openContainers(ctx, c, p, tree, with.ways, log); err != nil {
 			return err
 		}
 		config.Containers, config.Running = given.granted, given.granted
@@ -171,11 +194,12 @@ func serve(ctx context.Context, c Config, kernel *loader.Kernel, tree *namespace
 	group.Go(func() error { // once there is someone to answer
 		return p.do(ctx, func(context.Context) error {
 			tree.ReopenGates()
-			held.Ready()
+			with.gates.Ready()
 			return nil
 		})
 	})
 	group.Go(func() error { return p.watch(ctx) })
+	group.Go(func() error { return with.protection.watch(ctx) })
 	if window != nil {
 		group.Go(func() error { return window.Run(ctx) })
 	}

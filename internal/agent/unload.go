@@ -25,7 +25,7 @@ func Unload(c Config) error {
 	if err := gate.EndGuard(guardFile(c.RunDir)); err != nil {
 		return err
 	}
-	if err := loader.Unload(c.PinDir); err != nil {
+	if err := errors.Join(loader.RemoveProtection(c.PinDir), loader.Unload(c.PinDir)); err != nil {
 		return err
 	}
 	dir, err := bootDir(c.StateDir, zap.NewNop())

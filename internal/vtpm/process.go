@@ -154,18 +154,33 @@ func passwordPipe(password string) (*os.File, error) {
 	return r, nil
 }
 
-// startWithoutPrivileges starts a command that can gain no privileges by what it executes.
+// startWithoutPrivileges starts a command that has no capabilities, whatever its user, and can gain no privileges by what it executes.
 func startWithoutPrivileges(cmd *exec.Cmd) error {
 	result := make(chan error)
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread, which can't be set back, ends with the goroutine
 		err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 		if err == nil {
+			err = dropBounding()
+		}
+		if err == nil {
 			err = cmd.Start()
 		}
 		result <- err
 	}()
 	return <-result
+}
+
+// dropBounding leaves no capability to what this thread executes, not even as root. Without CAP_SETPCAP there is none to take away.
+func dropBounding() error {
+	for capability := uintptr(0); ; capability++ {
+		switch err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0); {
+		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EPERM): // beyond the last one
+			return nil
+		case err != nil:
+			return fmt.Errorf("take capabilities away: %w", err)
+		}
+	}
 }
 
 // serve waits until the process answers, closes its platform hierarchy and records it.

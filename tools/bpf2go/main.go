@@ -1,4 +1,4 @@
-// Command bpf2go is the one door to generated code: it compiles bpf/imans.bpf.c for amd64 and arm64 with a pinned compiler
+// Command bpf2go is the one door to generated code: it compiles bpf/*.bpf.c for amd64 and arm64 with a pinned compiler
 // into internal/loader, and turns bpf/loss.json into a C enum, Go names and a documentation table.
 //
 // Run it from the repository's root, with no arguments: go run ./tools/bpf2go. The same sources give the same bytes.
@@ -35,16 +35,17 @@ func run(stdout io.Writer) error {
 	if err := generateLosses("bpf/loss.json"); err != nil {
 		return err
 	}
-	cmd := exec.Command("go", "tool", "bpf2go",
-		"-cc", clang, "-strip", strip, "-target", "amd64,arm64",
-		"-go-package", "loader", "-output-dir", "internal/loader",
-		"-cflags", "-O2 -g -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Werror -mcpu=v3 -Ibpf",
-		"imans", "bpf/imans.bpf.c")
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("compile bpf/imans.bpf.c: %w\n%s", err, out)
+	for _, name := range []string{"imans", "protect"} {
+		cmd := exec.Command("go", "tool", "bpf2go",
+			"-cc", clang, "-strip", strip, "-target", "amd64,arm64",
+			"-go-package", "loader", "-output-dir", "internal/loader",
+			"-cflags", "-O2 -g -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Werror -mcpu=v3 -Ibpf",
+			name, "bpf/"+name+".bpf.c")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("compile bpf/%s.bpf.c: %w\n%s", name, err, out)
+		}
 	}
-	fmt.Fprintln(stdout, "generated: internal/loader/imans_*_bpfel.{go,o}, bpf/loss.h, internal/event/loss.go, docs/losses.md")
+	fmt.Fprintln(stdout, "generated: internal/loader/{imans,protect}_*_bpfel.{go,o}, bpf/loss.h, internal/event/loss.go, docs/losses.md")
 	return nil
 }
 

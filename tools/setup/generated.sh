@@ -8,8 +8,7 @@ if [ -z "${IMANS_REQUIRE_VM:-}" ] && ! grep -qs '^VERSION_CODENAME=bookworm$' /e
 	exit 0
 fi
 tools/setup/deps.sh generate
-files=(internal/loader/imans_x86_bpfel.go internal/loader/imans_x86_bpfel.o internal/loader/imans_arm64_bpfel.go
-	internal/loader/imans_arm64_bpfel.o bpf/loss.h internal/event/loss.go docs/losses.md)
+files=(internal/loader/{imans,protect}_{x86,arm64}_bpfel.{go,o} bpf/loss.h internal/event/loss.go docs/losses.md)
 before=$(sha256sum "${files[@]}")
 go run ./tools/bpf2go
 if [ "$before" != "$(sha256sum "${files[@]}")" ]; then

@@ -37,6 +37,7 @@ type agent struct {
 	t      *testing.T
 	dir    string
 	args   []string
+	under  []string // the command that starts it, if it is not started by itself
 	cmd    *exec.Cmd
 	log    *bytes.Buffer
 	exited chan struct{}
@@ -91,7 +92,8 @@ func (a *agent) folders() []string {
 func (a *agent) launch() {
 	a.t.Helper()
 	a.log = &bytes.Buffer{}
-	a.cmd = exec.Command(program, append(a.folders(), a.args...)...)
+	line := slices.Concat(a.under, []string{program}, a.folders(), a.args)
+	a.cmd = exec.Command(line[0], line[1:]...)
 	a.cmd.Stdout, a.cmd.Stderr = a.log, a.log
 	if err := a.cmd.Start(); err != nil {
 		a.t.Fatal(err)

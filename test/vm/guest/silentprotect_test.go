@@ -1,0 +1,180 @@
+//go:build vm
+
+package guest
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// fromContainer is the start of a command that runs with all capabilities and sees all processes and pins, in another mount namespace than
+// the host's.
+var fromContainer = []string{"unshare", "--mount"}
+
+// attempts returns what a command that starts so can do to processes and pins, by names. Nothing of it harms.
+func attempts(t *testing.T, start []string, pins string, pids ...string) string {
+	t.Helper()
+	line := fmt.Sprintf(`tried() { what=$1; shift; if "$@" >/dev/null 2>&1; then echo $what; fi; }
+there_and_back() { mv "$1" "$1-moved" && mv "$1-moved" "$1"; }
+for pid in %s; do
+	tried signal kill -0 $pid
+	tried descriptors readlink /proc/$pid/fd/1
+	tried program readlink /proc/$pid/exe
+	tried limit prlimit --pid $pid --core=0:0
+done
+tried pin there_and_back %[2]s/link_imans_mmap_file
+tried folder there_and_back %[2]s`, strings.Join(pids, " "), pins)
+	args := append(start[:len(start):len(start)], "bash", "-c", line)
+	return strings.Join(strings.Fields(run(t, args[0], args[1:]...)), " ")
+}
+
+// signalByDescriptor has a pipe of this process send SIGKILL.
+func signalByDescriptor(t *testing.T, pid int) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	for _, set := range [][2]int{{unix.F_SETOWN, pid}, {unix.F_SETSIG, int(unix.SIGKILL)}, {unix.F_SETFL, unix.O_ASYNC}} {
+		if _, err := unix.FcntlInt(r.Fd(), set[0], set[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := w.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// With --protect who is in a container can do nothing to the agent, its vTPMs and its pins, whatever capabilities it has; the host can, and so can a
+// later agent, in a container itself.
+func TestNeverSilentProtected(t *testing.T) {
+	a := startAgent(t, "--namespaces", "all")
+	pins := "/sys/fs/bpf/" + filepath.Base(a.dir)
+	all := "signal descriptors program limit pin folder"
+	if got := attempts(t, fromContainer, pins, strconv.Itoa(a.cmd.Process.Pid)); got != all {
+		t.Errorf("without protection: %q, want %q", got, all)
+	}
+	b := startUnshared(t, 1, a.windowDir())
+	b.sh("true")
+	a.settled(b.ns())
+	swtpm := a.swtpmOf(fmt.Sprintf("%s/run/tpm/%s-", a.dir, b.ns()))
+	signalByDescriptor(t, a.cmd.Process.Pid)
+	select {
+	case <-a.exited:
+	case <-time.After(time.Minute):
+		t.Error("a signal by a descriptor does not end an agent that nothing protects")
+	}
+
+	plain := a.args
+	a.args = append(plain[:len(plain):len(plain)], "--protect")
+	a.start()
+	pids := []string{strconv.Itoa(a.cmd.Process.Pid), swtpm} // the second was started by an agent without protection
+	later := startUnshared(t, 1, a.windowDir())
+	later.sh("true")
+	a.settled(later.ns())
+	pids = append(pids, a.swtpmOf(fmt.Sprintf("%s/run/tpm/%s-", a.dir, later.ns())))
+	for _, pid := range pids {
+		if got := attempts(t, fromContainer, pins, pid); got != "" {
+			t.Errorf("protected, process %s: %q, want nothing", pid, got)
+		}
+	}
+	for _, pin := range []string{pins + "/build", pins + "-protect/link_imans_inode_unlink"} {
+		if status, out := exits(t, fromContainer[0], append(fromContainer[1:], "rm", "-f", pin)...); status == 0 {
+			t.Errorf("protected, remove %s: %s", pin, out)
+		}
+	}
+	if status, _ := exits(t, "unshare", "--user", "--map-root-user", "kill", "-0", pids[0]); status == 0 {
+		t.Error("protected: a signal from another user namespace")
+	}
+	signalByDescriptor(t, a.cmd.Process.Pid)
+	if got := attempts(t, []string{"env"}, pins, pids...); strings.Count(got, "signal descriptors program limit") != len(pids) || !strings.HasSuffix(got, "pin folder") {
+		t.Errorf("protected, from the host: %q", got)
+	}
+	for deadline := time.Now().Add(time.Minute); !strings.Contains(a.log.String(), "were refused"); time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the agent does not say that attempts were refused")
+		}
+	}
+
+	a.signal(syscall.SIGKILL)
+	if got := attempts(t, fromContainer, pins, pids[1:]...); got != "" {
+		t.Errorf("protected, with no agent: %q, want nothing", got)
+	}
+	a.under, a.args = fromContainer, append(a.args, "--ring-size", "1024") // another size: what is pinned is replaced
+	a.start()
+	a.under = nil
+	if got := attempts(t, fromContainer, pins, append(pids[1:], strconv.Itoa(a.cmd.Process.Pid))...); got != "" {
+		t.Errorf("protected by an agent in a container: %q, want nothing", got)
+	}
+	a.verifyNow(b.ns())
+	a.signal(syscall.SIGTERM)
+	a.args = plain
+	a.start()
+	if got := attempts(t, fromContainer, pins, swtpm); got != all {
+		t.Errorf("an agent that is not to protect: %q, want %q", got, all)
+	}
+}
+
+// Once it has started, the agent has the capabilities and system calls that it needs and no others; so has what it starts, and swtpm has none.
+func TestNeverSilentConfined(t *testing.T) {
+	sample(t, "6.12")
+	a := startAgent(t, "--namespaces", "all", "--gate", "exec")
+	b := startUnshared(t, 1, a.windowDir())
+	b.sh("true")
+	a.settled(b.ns())
+	a.cli("ns", "gate", b.ns(), "exec")
+	const needed = 0x8008ac11ef // of package confine
+	swtpms := 0
+	pids := append(strings.Fields(sh(t, fmt.Sprintf("pgrep -P %d", a.cmd.Process.Pid))), strconv.Itoa(a.cmd.Process.Pid))
+	if len(pids) < 3 {
+		t.Errorf("agent, guard and swtpm: %v", pids)
+	}
+	for _, pid := range pids {
+		status := readFile(t, "/proc/"+pid+"/status")
+		name, may := field(t, status, "Name:"), uint64(needed)
+		if name == "swtpm" {
+			swtpms, may = swtpms+1, 0
+			if field(t, status, "NoNewPrivs:") != "1" {
+				t.Errorf("swtpm can gain privileges: %s", status)
+			}
+		}
+		for _, set := range []string{"CapPrm:", "CapEff:", "CapInh:", "CapAmb:", "CapBnd:"} {
+			if got, err := strconv.ParseUint(field(t, status, set), 16, 64); err != nil || got&^may != 0 {
+				t.Errorf("%s (%s): %s %x, want at most %x", name, pid, set, got, may)
+			}
+		}
+		if field(t, status, "Seccomp:") != "2" {
+			t.Errorf("%s (%s): no filter of system calls", name, pid)
+		}
+	}
+	if swtpms == 0 {
+		t.Error("no swtpm")
+	}
+	out, err := exec.Command(program, append(a.folders(), "--policy", "exec", "--confine=false")...).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "another imans-agent is running") {
+		t.Errorf("--confine=false: %v %s", err, out)
+	}
+}
+
+// field returns the first word of a line of /proc/PID/status.
+func field(t *testing.T, status, name string) string {
+	t.Helper()
+	for line := range strings.Lines(status) {
+		if rest, ok := strings.CutPrefix(line, name); ok {
+			return strings.Fields(rest)[0]
+		}
+	}
+	t.Fatalf("no %s in %s", name, status)
+	return ""
+}
