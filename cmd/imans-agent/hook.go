@@ -21,7 +21,7 @@ const (
 )
 
 // newHook is what the specs that the wrapper edits have the runtime run. Without --required it never keeps a container from
-// being created or deleted.
+// being created or deleted, but for one that asks for what makes no sense.
 func newHook() *cobra.Command {
 	var runDir string
 	var required, ask bool
@@ -37,7 +37,8 @@ With --ask it first asks for the vTPM, which the container reaches by socket: no
 				return usageError{fmt.Errorf("hook %q: want %s or %s", args[0], oci.CreateRuntime, oci.Poststop)}
 			}
 			err := tellState(cmd.Context(), client(runDir), args[0], cmd.InOrStdin(), ask, &required)
-			if err != nil && !required {
+			var field *oci.FieldError
+			if err != nil && !required && !errors.As(err, &field) {
 				runtimeLog{}.warn(fmt.Sprintf("%s: %v", args[0], err))
 				return nil
 			}

@@ -59,7 +59,8 @@ called imans-runtime, for the runtime of IMANS_RUNTIME or of the settings. /etc/
    "wait_seconds": 90}
 
 wait_seconds is how long a container's creation waits for the agent. on_failure says what becomes of a container if the agent is down or
-refuses: "continue" without, or "fail". The container's annotations come first: imans.dev/vtpm, imans.dev/policy, imans.dev/required.`,
+refuses: "continue" without, or "fail". The container's annotations come first: imans.dev/vtpm, imans.dev/policy, imans.dev/gate,
+imans.dev/required.`,
 		Example: `  imans-agent runtime --real crun run --bundle /srv/web web
   ln -s imans-agent /usr/local/bin/imans-runc && podman --runtime /usr/local/bin/imans-runc run alpine`,
 		DisableFlagParsing: true,

@@ -337,7 +337,10 @@ func TestRuntimeSettings(t *testing.T) {
 
 func TestHook(t *testing.T) {
 	g := &granted{}
-	agent, dir := program(t, "imans-agent"), serveContainers(t, g)
+	agent, dir, wrong := program(t, "imans-agent"), serveContainers(t, g), t.TempDir()
+	if err := os.WriteFile(filepath.Join(wrong, "config.json"), []byte(`{"annotations":{"imans.dev/gate":"ajar"}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		args  []string
 		state string
@@ -348,6 +351,7 @@ func TestHook(t *testing.T) {
 		"no process":        {[]string{"--run-dir", dir, "--required", "createRuntime"}, `{"id":"c1"}`, exitLacks},
 		"garbage":           {[]string{"--run-dir", dir, "createRuntime"}, `{`, 0},
 		"garbage, required": {[]string{"--run-dir", dir, "--required", "createRuntime"}, `{`, exitLacks},
+		"wrong annotation":  {[]string{"--run-dir", dir, "--ask", "createRuntime"}, `{"id":"c1","pid":1,"bundle":"` + wrong + `"}`, exitLacks},
 		"agent down":        {[]string{"--run-dir", t.TempDir(), "createRuntime"}, `{"id":"c1","pid":1}`, 0},
 		"no such stage":     {[]string{"prestart"}, `{}`, exitUsage},
 	} {

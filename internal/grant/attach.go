@@ -126,7 +126,29 @@ func (g *Containers) created(ctx context.Context, c *container, pid int) error {
 	if err := g.attach(ctx, c, inum); err != nil {
 		return err
 	}
+	if err := g.gate(ctx, c); err != nil {
+		return err
+	}
 	g.settle(ctx, c)
+	return nil
+}
+
+// gate opens the gate that the container asks for. Without it only one goes on that does not insist.
+func (g *Containers) gate(ctx context.Context, c *container) error {
+	if !c.Request.WantsGate() {
+		return nil
+	}
+	err := g.Do(ctx, func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+		defer cancel()
+		return g.Tree.RaiseGate(ctx, c.Namespace, namespace.GateMode(c.Request.Gate))
+	})
+	if err != nil && !c.Request.Required {
+		g.Log.Error("a container goes on without the gate that it asks for", zap.String("container", c.id), zap.String("gate", c.Request.Gate), zap.Error(err))
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("it asks for the gate %q: %w", c.Request.Gate, err)
+	}
 	return nil
 }
 

@@ -273,7 +273,7 @@ func (g *Containers) Created(ctx context.Context, id string, pid int) error {
 	defer c.mu.Unlock()
 	granted := c.State == prepared
 	if err := g.created(ctx, c, pid); err != nil {
-		if granted {
+		if granted && !c.Attached { // what is attached ends with the namespace
 			err = errors.Join(err, g.halt(c))
 		}
 		return fmt.Errorf("container %s: %w", id, err)

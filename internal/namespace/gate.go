@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -70,20 +71,54 @@ func (t *Tree) SetGate(ctx context.Context, ns event.MountNS, mode GateMode) err
 	return s.record()
 }
 
+// holds is how much a mode holds up, to compare it with others.
+func (m GateMode) holds() int { return max(slices.Index(GateModes(), m), 0) }
+
+// RaiseGate gives a container whose first program does not run yet the gate that it asks for, or the default if that is more. One that
+// holds up as much already stays as it is. The namespace is made active, with the policy for new namespaces, if it is not.
+func (t *Tree) RaiseGate(ctx context.Context, ns event.MountNS, mode GateMode) error {
+	s, ok := t.known(ns)
+	switch {
+	case !ok:
+		return ErrEnded
+	case t.config.Gates == nil:
+		return ErrNoGates
+	case !s.active:
+		if err := s.activateByDefault(); err != nil {
+			return err
+		}
+	}
+	if err := s.begin(ctx); err != nil {
+		return err
+	}
+	if t.config.Gate.holds() > mode.holds() {
+		mode = t.config.Gate
+	}
+	return s.raiseGate(mode)
+}
+
 // gateByDefault opens the gate that a container gets. One that can't be had is no reason to refuse the container its list.
 func (s *State) gateByDefault() {
-	mode := s.tree.config.Gate
-	if s.tree.config.Gates == nil || mode == GateOff || mode == "" || s.gate == mode {
+	if s.tree.config.Gates == nil {
 		return
 	}
-	if err := s.openGate(mode); err != nil {
+	if err := s.raiseGate(s.tree.config.Gate); err != nil {
 		s.tree.log.Error("programs of a namespace are not held up until they are measured", zap.Stringer("ns", s.ns), zap.Error(err))
-		return
+	}
+}
+
+func (s *State) raiseGate(mode GateMode) error {
+	if mode.holds() <= s.gate.holds() {
+		return nil
+	}
+	if err := s.openGate(mode); err != nil {
+		return err
 	}
 	s.gateEarly = true
 	if err := s.record(); err != nil {
-		s.tree.log.Error("the next agent will not know of a gate", zap.Stringer("ns", s.ns), zap.Error(err))
+		return fmt.Errorf("the next agent would not know of the gate: %w", err)
 	}
+	return nil
 }
 
 // gateSettles looks at a container's file systems anew when its first program runs: when it was given its gate, its namespace still had all

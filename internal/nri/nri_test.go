@@ -294,6 +294,7 @@ func TestNRIFailure(t *testing.T) {
 		"slow":              {slow, asking, ""},
 		"slow, required":    {slow, required, "keep more vTPMs ready"},
 		"wrong annotation":  {&granted{}, map[string]string{oci.AnnotationVTPM: "1"}, `is "1"`},
+		"wrong gate":        {&granted{}, map[string]string{oci.AnnotationGate: "true"}, `is "true"`},
 		"wrong policy":      {&granted{}, map[string]string{oci.AnnotationPolicy: "a/b"}, `is "a/b"`},
 	} {
 		t.Run(name, func(t *testing.T) {

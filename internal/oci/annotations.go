@@ -2,6 +2,7 @@ package oci
 
 import (
 	"encoding/json"
+	"slices"
 	"strings"
 )
 
@@ -82,8 +83,21 @@ func (r *Request) Ask(annotations map[string]string) error {
 	if ok {
 		r.Policy = name
 	}
+	if gate, ok := annotations[AnnotationGate]; ok {
+		if err := checkGate(gate); err != nil {
+			return err
+		}
+		r.Gate = gate
+	}
 	if !r.VTPM {
 		r.VTPMs = nil
+	}
+	return nil
+}
+
+func checkGate(gate string) error {
+	if !slices.Contains(Gates(), gate) {
+		return &FieldError{annotation(AnnotationGate), quote(gate), `want "off", "exec" or "all"`}
 	}
 	return nil
 }

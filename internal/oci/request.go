@@ -13,8 +13,12 @@ import (
 const (
 	AnnotationVTPM     = "imans.dev/vtpm"     // "true" or "false"
 	AnnotationPolicy   = "imans.dev/policy"   // name of a policy that the agent has
+	AnnotationGate     = "imans.dev/gate"     // one of Gates
 	AnnotationRequired = "imans.dev/required" // "true": no container without what it asks for; "false": it goes on without
 )
+
+// Gates are what a container can ask to have held up until it is measured, each more than the one before. It gets no less than others do.
+func Gates() []string { return []string{"off", "exec", "all"} }
 
 // Request is what a container asks for. Everything in it is claimed by whoever wrote the spec.
 type Request struct {
@@ -24,6 +28,7 @@ type Request struct {
 	VTPM     bool   `json:"vtpm"`
 	VTPMs    []VTPM `json:"vtpms,omitempty"`  // none: one, as the agent makes them
 	Policy   string `json:"policy,omitempty"` // none: the one for new namespaces
+	Gate     string `json:"gate,omitempty"`   // none: as off
 	Required bool   `json:"required,omitempty"`
 	Socket   bool   `json:"socket,omitempty"` // its vTPM is to be no device: the spec can't have one added any more
 
@@ -46,7 +51,10 @@ type Request struct {
 }
 
 // Wants reports whether the container asks for anything.
-func (r Request) Wants() bool { return r.VTPM || r.Policy != "" }
+func (r Request) Wants() bool { return r.VTPM || r.Policy != "" || r.WantsGate() }
+
+// WantsGate reports whether the container asks for a gate.
+func (r Request) WantsGate() bool { return r.Gate != "" && r.Gate != Gates()[0] }
 
 // MayReturn reports whether the container may be started again by the same id after the runtime has deleted it: one of its homes
 // is still there.
@@ -64,6 +72,11 @@ func (r Request) Check() error {
 	}
 	if r.Policy != "" && !isName(r.Policy) {
 		return &FieldError{annotation(AnnotationPolicy), quote(r.Policy), nameReason}
+	}
+	if r.Gate != "" {
+		if err := checkGate(r.Gate); err != nil {
+			return err
+		}
 	}
 	for i, v := range r.VTPMs {
 		if err := v.check(fmt.Sprintf("linux.resources.vtpms[%d]", i)); err != nil {

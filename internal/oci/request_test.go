@@ -50,6 +50,8 @@ func TestRequestAnnotations(t *testing.T) {
 		"off":         {`{"imans.dev/vtpm":"false"}`, Request{}},
 		"required":    {`{"imans.dev/required":"true"}`, Request{VTPM: true, Required: true}},
 		"policy only": {`{"imans.dev/vtpm":"false","imans.dev/policy":"p"}`, Request{Policy: "p"}},
+		"gate":        {`{"imans.dev/gate":"all"}`, Request{VTPM: true, Gate: "all"}},
+		"no gate":     {`{"imans.dev/gate":"off"}`, Request{VTPM: true, Gate: "off"}},
 		"containerd": {`{"io.kubernetes.cri.container-type":"container","io.kubernetes.cri.image-name":"r/i:1","io.kubernetes.cri.sandbox-name":"web",
 			"io.kubernetes.cri.sandbox-namespace":"prod","io.kubernetes.cri.container-name":"c"}`,
 			Request{VTPM: true, Image: "r/i:1", Pod: "web", Namespace: "prod", Name: "c"}},
@@ -77,6 +79,8 @@ func TestRequestRefuses(t *testing.T) {
 	for name, c := range map[string]struct{ spec, field, value string }{
 		"vtpm":             {`{"annotations":{"imans.dev/vtpm":"maybe"}}`, `annotations["imans.dev/vtpm"]`, `"maybe"`},
 		"required":         {`{"annotations":{"imans.dev/required":""}}`, `annotations["imans.dev/required"]`, `""`},
+		"gate":             {`{"annotations":{"imans.dev/gate":"ajar"}}`, `annotations["imans.dev/gate"]`, `"ajar"`},
+		"gate of nothing":  {`{"annotations":{"imans.dev/gate":""}}`, `annotations["imans.dev/gate"]`, `""`},
 		"policy":           {`{"annotations":{"imans.dev/policy":"../x"}}`, `annotations["imans.dev/policy"]`, `"../x"`},
 		"version":          {vtpms(`[{"vtpmVersion":"3"}]`), "linux.resources.vtpms[0].vtpmVersion", `"3"`},
 		"version number":   {vtpms(`[{"vtpmVersion":2}]`), "linux.resources.vtpms[0].vtpmVersion", ""},

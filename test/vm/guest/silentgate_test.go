@@ -298,6 +298,56 @@ func TestNeverSilentGateOfContainer(t *testing.T) {
 	a.removed(c)
 }
 
+// A container that asks for a gate has it from its first program on, with a vTPM or without; one that asks for less than others get has what
+// they have.
+func TestNeverSilentGateAnnotated(t *testing.T) {
+	sample(t, "6.18")
+	a := startAgent(t, "--namespaces", "containers", "--gate-timeout", "20s")
+	useWrapper(t, a)
+	annotated := func(id string, annotations map[string]string) (c *tenant, root, start string) {
+		root = tenantRoot(t)
+		c, start = makeBundle(t, "runc", root, id, func(spec map[string]any) { spec["annotations"] = annotations })
+		return c, root, start
+	}
+	first, root, start := annotated("first", map[string]string{"imans.dev/gate": "exec", "imans.dev/required": "true"})
+	sh(t, strings.Replace(start, "run --detach", "create", 1))
+	first.started(root)
+	g := &gated{agent: a, t: t, pid: first.pid, ns: first.ns(), tpm: a.swtpmOf(a.dir + "/state/containers/first/")}
+	early, err := g.whileStopped(exec.Command("imans-runc", "start", "first"), root+"/tmp/ready", 3*time.Second)
+	if err != nil || early {
+		t.Errorf("%v; the first program ran early: %v", err, early)
+	}
+	ready(t, first)
+	if v := g.violations(); len(v) > 0 {
+		t.Errorf("violations %v", v)
+	}
+	a.removed(first)
+
+	gate := func(id string, annotations map[string]string, want string) {
+		t.Helper()
+		c, root, start := annotated(id, annotations)
+		sh(t, start)
+		c.started(root)
+		if got := a.settled(ready(t, c).ns()).Gate; got != want {
+			t.Errorf("container %s has the gate %q, want %q", id, got, want)
+		}
+		a.verifyNow(c.ns())
+		a.removed(c)
+	}
+	gate("without", map[string]string{"imans.dev/gate": "exec", "imans.dev/vtpm": "false"}, "exec")
+	for _, wrong := range []string{"ajar", ""} {
+		_, root, start := annotated("wrong", map[string]string{"imans.dev/gate": wrong})
+		if status, out := exits(t, "/bin/sh", "-c", start); status == 0 || !strings.Contains(out, `want "off", "exec" or "all"`) || exists(root+"/tmp/ready") {
+			t.Errorf("annotation %q: status %d, ran: %v, %s", wrong, status, exists(root+"/tmp/ready"), out)
+		}
+	}
+	a.signal(syscall.SIGTERM)
+	a.args = append(a.args, "--gate", "exec")
+	a.start()
+	gate("less", map[string]string{"imans.dev/gate": "off"}, "exec")
+	gate("more", map[string]string{"imans.dev/gate": "all"}, "all")
+}
+
 // asked is how many questions were answered.
 func (g *gated) asked() uint64 {
 	g.t.Helper()
