@@ -46,7 +46,8 @@ lint: ## check format, vet, staticcheck, the import layers and the shell scripts
 	@if type -P shellcheck >/dev/null; then shellcheck .ci/run $$(git ls-files '*.sh'); else echo "no shellcheck: scripts not checked"; fi
 
 .PHONY: test
-test: lint test-unit generated ## run every check: lint, unit tests, generated files, all kernels
+test: lint test-unit generated ## run every check: lint, unit tests, generated files, fuzzing, all kernels
+	@$(MAKE) fuzz FUZZTIME=1s BLIND=1
 	@$(MAKE) test-vm SHORT=1 AGAIN=1 LIMIT=35m
 
 .PHONY: test-unit
@@ -55,6 +56,11 @@ test-unit: ## run the unit tests, with the race detector where gcc is (RUN=regex
 	@type -P gcc >/dev/null || echo "no gcc: without the race detector"
 	if type -P gcc >/dev/null; then export CGO_ENABLED=1; race=-race; else export CGO_ENABLED=0; race=; fi; \
 	go test $$race $(if $(RUN),-run '$(RUN)') $(or $(PKG),./...)
+
+.PHONY: fuzz
+fuzz: ## give every decoder random input, FUZZTIME each (10s; FUZZ=regexp of the targets, BLIND=1 compiles less)
+	@$(DEPS) go test
+	tools/setup/fuzz.sh $(or $(FUZZTIME),10s) '$(or $(FUZZ),.)' $(if $(BLIND),blind)
 
 .PHONY: test-vm
 test-vm: ## run the tests of the vm tag on stock kernels (RUN=regexp KERNEL=6.12 COVER=file SHORT=1 AGAIN=1 LIMIT=1h)

@@ -43,13 +43,17 @@ func readStatus(pid int) (status, error) {
 	if err != nil {
 		return nil, err
 	}
+	return parseStatus(string(text)), nil
+}
+
+func parseStatus(text string) status {
 	s := make(status)
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(text) {
 		if name, value, ok := strings.Cut(strings.TrimSuffix(line, "\n"), ":"); ok {
 			s[name] = strings.TrimSpace(value)
 		}
 	}
-	return s, nil
+	return s
 }
 
 func (s status) number(name string) uint64 {

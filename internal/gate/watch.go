@@ -99,7 +99,11 @@ func (w *watch) heard(message, oob []byte) error {
 		if err != nil {
 			return err
 		}
-		w.groups[nameIn(message)] = fd
+		name := nameIn(message)
+		if before, ok := w.groups[name]; ok {
+			unix.Close(before)
+		}
+		w.groups[name] = fd
 	case message[0] == sayRemove && len(message) == messageSize && !w.leave:
 		ns := nameIn(message)
 		if group, ok := w.groups[ns]; ok {

@@ -45,7 +45,7 @@ type testSpec struct {
 	}
 }
 
-func readTestdata(t *testing.T, name string) []byte {
+func readTestdata(t testing.TB, name string) []byte {
 	t.Helper()
 	spec, err := os.ReadFile(filepath.Join("testdata", name))
 	if err != nil {

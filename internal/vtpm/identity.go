@@ -64,7 +64,10 @@ func ReadIdentity(dir string) (Identity, error) {
 	if err := json.Unmarshal(b, &f); err != nil {
 		return Identity{}, fmt.Errorf("read %s: %w; provision the vTPM anew", path, err)
 	}
-	i := Identity{EK: f.EK, AK: f.AK, EKCertificate: filepath.Join(dir, filepath.Base(f.EKCertificate))}
+	if f.EKCertificate != ekCertificateName {
+		return Identity{}, fmt.Errorf("read %s: the certificate %q is not that of this folder; provision the vTPM anew", path, f.EKCertificate)
+	}
+	i := Identity{EK: f.EK, AK: f.AK, EKCertificate: filepath.Join(dir, f.EKCertificate)}
 	for _, name := range f.Banks {
 		bank, ok := ima.HashAlgoByName(name)
 		if !ok {

@@ -1,0 +1,53 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"go.uber.org/zap"
+
+	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/policy"
+)
+
+// FuzzRequests: whatever the host's root asks an agent without namespaces, it is answered, or told what is wrong.
+func FuzzRequests(f *testing.F) {
+	for pattern := range new(Server).routes() {
+		method, path, _ := strings.Cut(pattern, " ")
+		f.Add(method, strings.NewReplacer("{name}", "native", "{id}", "c1").Replace(path), "format=ascii", []byte(`{"id":"c1","vtpm":true}`))
+	}
+	f.Add("POST", "/v1/containers/c1/created", "", []byte(`{"pid":-1}`))
+	f.Add("POST", "/v1/namespaces/1:2/gate", "", []byte("exec"))
+	f.Add("GET", "/v1/namespaces/4026532201/measurements", "from=-1&wait=1ms", []byte(nil))
+	s, err := Listen(filepath.Join(f.TempDir(), SocketName), Config{
+		Tree: namespace.New(namespace.Config{Log: zap.NewNop()}), Containers: &told{}, Log: zap.NewNop(),
+		Do:         func(ctx context.Context, do func(context.Context) error) error { return do(ctx) },
+		ParseRules: func(text []byte) (*policy.Policy, error) { return policy.Parse("written", text) },
+	})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { s.listener.Close() })
+	f.Fuzz(func(t *testing.T, method, path, query string, body []byte) {
+		target := &url.URL{Path: "/" + strings.TrimPrefix(path, "/"), RawQuery: query}
+		r, err := http.NewRequest(method, target.String(), strings.NewReader(string(body)))
+		if err != nil || r.URL.Path == "/v1/status" { // the status takes the kernel side
+			t.Skip()
+		}
+		w := httptest.NewRecorder()
+		s.http.Handler.ServeHTTP(w, r.WithContext(context.WithValue(t.Context(), callerKey{}, caller{host: true})))
+		if w.Code < 300 || w.Header().Get("Content-Type") != "application/json" { // else it is net/http's own answer
+			return
+		}
+		var e Error
+		if err := json.Unmarshal(w.Body.Bytes(), &e); err != nil || e.Error == "" || w.Code >= 500 && w.Code != http.StatusNotImplemented {
+			t.Fatalf("%s %s: status %d, %s", method, target, w.Code, w.Body)
+		}
+	})
+}
