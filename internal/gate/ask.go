@@ -18,7 +18,7 @@ func (g *Gates) takes(name event.MountNS, task uint32, number int32, exec bool, 
 	g.mu.Lock()
 	one, ok := g.named[name]
 	if ok {
-		one.done.Add(1)
+		g.answers.Add(1)
 	}
 	g.mu.Unlock()
 	if !ok {
@@ -31,7 +31,7 @@ func (g *Gates) takes(name event.MountNS, task uint32, number int32, exec bool, 
 	one.mu.Unlock()
 	q := &question{gate: one, file: file, fd: fdOf(file), number: number, task: task, exec: exec}
 	go func() {
-		defer one.done.Done()
+		defer g.answers.Done()
 		q.answer()
 	}()
 }

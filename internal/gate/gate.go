@@ -65,7 +65,8 @@ type Gates struct {
 	names  *names
 	guard  *guard
 
-	asked atomic.Uint64
+	asked   atomic.Uint64
+	answers sync.WaitGroup // of the goroutines that answer, also for groups that were renewed or closed
 
 	mu    sync.Mutex
 	ended bool
@@ -120,7 +121,6 @@ type gate struct {
 	all   bool
 	ctx   context.Context // ends with the gate
 	end   context.CancelFunc
-	done  sync.WaitGroup
 
 	mu      sync.Mutex
 	dynamic map[uint32]bool // tasks that were asked about a program which names an ELF interpreter: the same exec opens that next
@@ -323,9 +323,10 @@ func (g *Gates) Shutdown() error {
 	for _, one := range all {
 		errs = append(errs, g.Close(one.owner))
 	}
-	for _, one := range all {
-		one.done.Wait()
-	}
+	g.answers.Wait()
+	g.mu.Lock()
+	g.expire(time.Now().Add(2 * keepFor)) // all that is kept
+	g.mu.Unlock()
 	g.guard.end()
 	g.names.close()
 	return errors.Join(errs...)

@@ -19,6 +19,7 @@ import (
 
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/need"
 	"imans.dev/imans-agent/internal/proc"
 )
 
@@ -36,7 +37,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	os.Exit(need.RunClean(m))
 }
 
 // mounted is a file system of the test's own, with a gate.
@@ -81,11 +82,12 @@ func mount(t *testing.T, c Config) *mounted {
 		m.dropped.Add(1)
 	}
 	c.Log = zaptest.NewLogger(t)
-	if m.gates, err = New(c, []string{"guard"}, filepath.Join(t.TempDir(), "guard.json")); err != nil {
+	stateFile := filepath.Join(t.TempDir(), "guard.json")
+	if m.gates, err = New(c, []string{"guard"}, stateFile); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := m.gates.Shutdown(); err != nil {
+		if err := errors.Join(m.gates.Shutdown(), EndGuard(stateFile)); err != nil && !errors.Is(err, unix.ESRCH) { // the guard of closed gates stays
 			t.Error(err)
 		}
 	})

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -32,6 +33,7 @@ type host struct {
 	native *tpmext.TPM
 	tree   *Tree
 	s      *State
+	trees  []*Tree // all that are not closed; an agent that crashed closes nothing
 }
 
 func newHost(t *testing.T, swtpm string) *host {
@@ -54,6 +56,13 @@ func newHost(t *testing.T, swtpm string) *host {
 			}
 		}
 		h.tree.finishing.Wait()
+		for _, tree := range h.trees {
+			for _, s := range tree.states {
+				if s.list != nil {
+					s.list.Close()
+				}
+			}
+		}
 	})
 	return h
 }
@@ -62,7 +71,7 @@ func newHost(t *testing.T, swtpm string) *host {
 func (h *host) begin(swtpm string) {
 	h.t.Helper()
 	h.tree = New(Config{Dir: h.dir, RunDir: filepath.Join(h.dir, "run"), Swtpm: swtpm, Log: zap.NewNop()})
-	h.tree.again = true
+	h.tree.again, h.trees = true, append(h.trees, h.tree)
 	native := &State{
 		tree: h.tree, ns: event.MountNS{Inum: 1, ID: 1}, dir: filepath.Join(h.dir, "native"), pcr: 11, active: true,
 		policy: &policy.Policy{}, template: imalog.NG, algo: ima.SHA256, gone: make(chan struct{}),
@@ -99,6 +108,7 @@ func (h *host) restart(swtpm string) {
 	if err := h.tree.Close(); err != nil {
 		h.t.Fatal(err)
 	}
+	h.trees = slices.DeleteFunc(h.trees, func(tree *Tree) bool { return tree == h.tree })
 	h.begin(swtpm)
 }
 

@@ -1,6 +1,7 @@
 package namespace
 
 import (
+	"errors"
 	"slices"
 	"testing"
 
@@ -70,9 +71,11 @@ func TestLostTPMs(t *testing.T) {
 // What shares a vTPM ends after the agent's own use of it, and before the vTPM does, which can then be shut down.
 func TestShareEndsBeforeTheTPM(t *testing.T) {
 	for name, end := range map[string]func(*host) error{
-		"released": func(h *host) error { return h.tree.ReleaseTPM(soon(h.t), h.s.ns, binding.Released) },
-		"ended":    func(h *host) error { delete(h.tree.states, 7); h.tree.finish(soon(h.t), h.s); return nil },
-		"closed":   func(h *host) error { return h.tree.Close() },
+		"released": func(h *host) error {
+			return errors.Join(h.tree.ReleaseTPM(soon(h.t), h.s.ns, binding.Released), h.s.list.Close())
+		},
+		"ended":  func(h *host) error { delete(h.tree.states, 7); h.tree.finish(soon(h.t), h.s); return nil },
+		"closed": func(h *host) error { return h.tree.Close() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHost(t, "")

@@ -12,12 +12,12 @@ import (
 // ownMounts is in the environment of a test program that has a mount namespace of its own.
 const ownMounts = "IMANS_TEST_OWN_MOUNTS"
 
-// RunWithOwnMounts is m.Run in a mount namespace that this test program shares with no other: what one mounts, or leaves behind
+// RunWithOwnMounts is RunClean in a mount namespace that this test program shares with no other: what one mounts, or leaves behind
 // when it is killed, is never in the namespaces that another makes. It is the last call of TestMain, with os.Exit around it.
 // Without root the tests run where they are, and Mounts leaves them out.
 func RunWithOwnMounts(m *testing.M) int {
 	if os.Geteuid() != 0 || os.Getenv(ownMounts) != "" {
-		return m.Run()
+		return RunClean(m)
 	}
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]

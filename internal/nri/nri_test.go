@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"go.uber.org/zap/zaptest"
 
+	"imans.dev/imans-agent/internal/need"
 	"imans.dev/imans-agent/internal/oci"
 )
 
@@ -94,7 +95,7 @@ func TestMain(m *testing.M) {
 		}
 		select {}
 	}
-	os.Exit(m.Run())
+	os.Exit(need.RunClean(m))
 }
 
 // run runs the plugin until the test ends.
