@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"runtime"
 	"slices"
 	"time"
 
@@ -58,6 +59,7 @@ type Status struct {
 	Entries    int               `json:"entries"`    // different ones, however many lists hold them
 	Hashed     uint64            `json:"hashed"`     // files read by the agent
 	Asked      uint64            `json:"asked"`      // questions of gates
+	Goroutines int               `json:"goroutines"` // of the agent
 	Lost       map[string]uint64 `json:"lost"`       // events lost before they reached the agent, since the programs were loaded
 	Violations map[string]uint64 `json:"violations"` // events that the agent could not measure, by reason
 	Latency    Latency           `json:"latency"`    // from a kernel hook to the native list's extended register
@@ -138,7 +140,7 @@ func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 	}
 	l := counters.Latency
 	s.reply(w, Status{
-		Namespaces: counters.Namespaces, Events: counters.Events, Entries: counters.Entries, Hashed: counters.Hashed, Asked: counters.Asked, Lost: counters.Lost,
+		Namespaces: counters.Namespaces, Events: counters.Events, Entries: counters.Entries, Hashed: counters.Hashed, Asked: counters.Asked, Goroutines: runtime.NumGoroutine(), Lost: counters.Lost,
 		Violations: counters.Violations, Latency: Latency{l.Count, l.P50.Microseconds(), l.P99.Microseconds(), l.Max.Microseconds()},
 	})
 }

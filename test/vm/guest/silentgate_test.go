@@ -334,7 +334,9 @@ func TestNeverSilentGateAnnotated(t *testing.T) {
 		a.verifyNow(c.ns())
 		a.removed(c)
 	}
-	gate("without", map[string]string{"imans.dev/gate": "exec", "imans.dev/vtpm": "false"}, "exec")
+	if !short() {
+		gate("without", map[string]string{"imans.dev/gate": "exec", "imans.dev/vtpm": "false"}, "exec")
+	}
 	for _, wrong := range []string{"ajar", ""} {
 		_, root, start := annotated("wrong", map[string]string{"imans.dev/gate": wrong})
 		if status, out := exits(t, "/bin/sh", "-c", start); status == 0 || !strings.Contains(out, `want "off", "exec" or "all"`) || exists(root+"/tmp/ready") {
@@ -346,6 +348,45 @@ func TestNeverSilentGateAnnotated(t *testing.T) {
 	a.start()
 	gate("less", map[string]string{"imans.dev/gate": "off"}, "exec")
 	gate("more", map[string]string{"imans.dev/gate": "all"}, "all")
+}
+
+// Gates that come and go with their namespaces leave the agent as it was.
+func TestNeverSilentGateCycles(t *testing.T) {
+	sample(t, "6.1")
+	a := startAgent(t, "--namespaces", "all", "--ns-tpm", "none", "--gate-timeout", "20s")
+	own, client := mountNS(t, os.Getpid()), a.client()
+	cycle := func(n int) {
+		t.Helper()
+		for range n {
+			cmd := exec.Command("unshare", "--mount", "--propagation", "private", "sleep", "infinity")
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			g := &gated{agent: a, t: t, pid: cmd.Process.Pid}
+			g.waitsFor("unshare runs sleep", func() bool {
+				return mountNS(t, g.pid) != own && strings.Contains(readFile(t, fmt.Sprintf("/proc/%d/comm", g.pid)), "sleep")
+			})
+			g.ns = fmt.Sprint(mountNS(t, g.pid))
+			if n, err := client.SetGate(t.Context(), g.ns, "exec"); err != nil || n.Gate != "exec" {
+				t.Errorf("gate %q, %v", n.Gate, err)
+			}
+			g.runs("/bin/sh", "-c", ":")
+			cmd.Process.Kill()
+			cmd.Wait()
+			g.waitsFor("the namespace is gone", func() bool {
+				_, err := client.Namespace(t.Context(), g.ns)
+				return err != nil
+			})
+		}
+	}
+	cycle(3)
+	a.leavings()
+	before, memory, asked := a.leavings(), a.memory(), (&gated{agent: a, t: t}).asked()
+	cycle(sized(12, 30, 1000))
+	if n := (&gated{agent: a, t: t}).asked() - asked; n < 12 {
+		t.Errorf("%d questions", n)
+	}
+	a.asBefore(before, memory)
 }
 
 // asked is how many questions were answered.

@@ -55,6 +55,7 @@ func (a *agent) asBefore(held map[string]int, memory int) {
 	a.t.Helper()
 	const asking = 8 // descriptors, for the connections of this test's own questions
 	held["file descriptors"] += asking
+	held["goroutines"] += asking
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		more := a.more(held)
 		if more == "" {
@@ -141,6 +142,11 @@ func (a *agent) leavings() map[string]int {
 		a.t.Fatal(err)
 	}
 	held["file descriptors"] = len(fds)
+	status, err := a.client().Status(a.t.Context())
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	held["goroutines"] = status.Goroutines
 	for _, dir := range []string{"state", "run"} {
 		err := filepath.WalkDir(filepath.Join(a.dir, dir), func(_ string, d fs.DirEntry, err error) error {
 			held["files in "+dir]++
