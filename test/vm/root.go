@@ -20,7 +20,7 @@ func rootPackages() []string {
 	return []string{
 		"swtpm", "swtpm-tools", "tpm2-tools", "ima-evm-utils", "runc", "crun", "iproute2", "procps", "kmod", "attr",
 		"podman", "docker.io", "conmon", "catatonit", "busybox-static", "e2fsprogs", "xfsprogs", "btrfs-progs", "strace", "openssl",
-		"keyutils",
+		"keyutils", "nfs-kernel-server",
 	}
 }
 

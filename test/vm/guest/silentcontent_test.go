@@ -17,40 +17,6 @@ import (
 	"imans.dev/imans-agent/internal/imalog"
 )
 
-// contentPlace is a folder on one kind of file system.
-type contentPlace struct{ fs, dir string }
-
-// contentPlaces makes one of each kind.
-func contentPlaces(t *testing.T) []contentPlace {
-	t.Helper()
-	places := []contentPlace{{"ext4", tempDir(t, "/root")}, {"tmpfs", tempDir(t, "/tmp")}}
-	for _, fs := range []string{"xfs", "btrfs"} {
-		dir := tempDir(t, "/root")
-		sh(t, fmt.Sprintf("truncate -s 320M %[1]s/disk && mkfs.%[2]s -q %[1]s/disk && mkdir %[1]s/mnt && mount -o loop %[1]s/disk %[1]s/mnt", dir, fs))
-		t.Cleanup(func() { exec.Command("umount", "-l", dir+"/mnt").Run() })
-		places = append(places, contentPlace{fs, dir + "/mnt"})
-	}
-	overlay := mountOverlay(t, func(string) {})
-	return append(places, contentPlace{"overlayfs", overlay + "/merged"}, contentPlace{"FUSE", loopback(t)})
-}
-
-// loopback mounts a folder through FUSE.
-func loopback(t *testing.T) string {
-	t.Helper()
-	dir := tempDir(t, "/root")
-	sh(t, fmt.Sprintf("mkdir %[1]s/behind %[1]s/mnt", dir))
-	cmd := exec.Command("loopback", dir+"/behind", dir+"/mnt")
-	out, err := cmd.StdoutPipe()
-	if err = errors.Join(err, cmd.Start()); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { exec.Command("umount", "-l", dir+"/mnt").Run(); cmd.Process.Kill(); cmd.Wait() })
-	if _, err := out.Read(make([]byte, 1)); err != nil {
-		t.Fatalf("mount through FUSE: %v", err)
-	}
-	return dir + "/mnt"
-}
-
 // contentWays are ways to change what a path runs. Each is a line of shell that has the path as $p; "" as the last: the path that runs
 // then, if it is another.
 var contentWays = []struct{ name, line, then string }{
@@ -75,7 +41,7 @@ func TestNeverSilentContent(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			a := startAgent(t, "--digest", mode)
 			for _, place := range contentPlaces(t) {
-				if short() && place.fs != "ext4" && (mode == "agent" || place.fs != "overlayfs" && place.fs != "FUSE") {
+				if short() && place.fs != "ext4" && (mode == "agent" || !slices.Contains([]string{"overlayfs", "FUSE", "NFS"}, place.fs)) {
 					continue
 				}
 				t.Run(place.fs, func(t *testing.T) {
@@ -96,6 +62,7 @@ func TestNeverSilentContent(t *testing.T) {
 						wants = append(wants, want)
 						t.Cleanup(func() { exec.Command("sh", "-c", fmt.Sprintf("umount -l %[1]s %[1]s.d", path)).Run() })
 					}
+					wants = append(wants, place.changedBehind(t, a)...)
 					list := a.list("native")
 					for _, want := range wants {
 						want.check(t, list, mode == "kernel")

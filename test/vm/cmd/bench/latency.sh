@@ -45,7 +45,7 @@ firstact() { # firstact CONDITION
 	done
 	chmod +x "act-$1"/*
 	for program in "act-$1"/*; do
-		echo "first-act $1 $(nsenter --target $space --mount --wd=/root -- "./$program")"
+		echo "first-act $1 $(nsenter --target $space --mount --wd=/root -- "/root/$program")"
 		sleep 0.1
 	done
 	kill $space && kill -TERM $agent && wait $agent
