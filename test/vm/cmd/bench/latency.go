@@ -39,7 +39,7 @@ func benchLatency(ctx context.Context, dir string) ([]figure, error) {
 	for range latencyRounds {
 		var out bytes.Buffer
 		outcome, err := img.Run(ctx, vm.Machine{
-			Command: fmt.Sprintf("exec bash /payload/latency.sh %d", latencyPrograms), Payload: payload, Limit: 15 * time.Minute, Output: &out,
+			Command: fmt.Sprintf("exec bash /payload/latency.sh %d", latencyPrograms), Payload: payload, Limit: 30 * time.Minute, Output: &out,
 		})
 		if err == nil && outcome.Status != 0 {
 			err = errors.New("the measurement failed")
