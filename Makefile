@@ -39,6 +39,7 @@ lint: ## check format, vet, staticcheck, the import layers and the shell scripts
 	@$(DEPS) go lint
 	@test -z "$$(gofmt -l .)" || { echo "not formatted; run gofmt -w on:"; gofmt -l .; exit 1; } >&2
 	go vet -tags vm ./...
+	go vet -tags faults ./internal/fault
 	for target in darwin/arm64 windows/amd64 linux/arm; do \
 	  export GOOS=$${target%/*} GOARCH=$${target#*/}; go build $(PURE); go vet $(PURE); done
 	go tool staticcheck -tags vm ./...

@@ -7,6 +7,7 @@ import (
 	"go.uber.org/zap"
 
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/loader"
 	"imans.dev/imans-agent/internal/namespace"
 )
@@ -20,7 +21,7 @@ const (
 	batchMax = 1024
 	// lossEvery is how often the loss counters are looked at while records come.
 	lossEvery = 250 * time.Millisecond
-	// lookEvery is how often the kernel's own IMA and the vTPMs are looked at, and, while the pump sleeps, the loss counters too: each
+	// lookEvery is how often the kernel's own IMA, the vTPMs and the logs' places are looked at, and, while the pump sleeps, the loss counters too: each
 	// tick of an idle agent costs the machine as much as 600 measured files.
 	lookEvery = time.Second
 )
@@ -90,6 +91,7 @@ func (p *pump) run(ctx context.Context) error {
 			err = p.losses(ctx)
 		case <-look.C:
 			p.tree.LostTPMs(ctx)
+			p.tree.RestoreLogs()
 			p.expire()
 			if err = p.watchKernelIMA(); err == nil && empty > sleepAfter {
 				err = p.losses(ctx)
@@ -195,10 +197,12 @@ func (p *pump) batch(ctx context.Context) (int, error) {
 		if b == nil {
 			break
 		}
+		fault.RecordTaken.Pass()
 		entry, err := p.handle(ctx, b)
 		if err != nil {
 			return n, err
 		}
+		fault.RecordAppended.Pass()
 		pending = append(pending, entry)
 	}
 	if n == 0 {
@@ -208,13 +212,16 @@ func (p *pump) batch(ctx context.Context) (int, error) {
 		if err := entry.Logged(ctx); err != nil {
 			return n, err
 		}
+		fault.RecordLogged.Pass()
 		if err := p.tree.Mark(entry); err != nil {
 			return n, err
 		}
 	}
 	// Commit point: before this a crash makes the next agent read the records again, and its lists know the entries already;
 	// after it they are nobody's concern any more.
+	fault.RecordMarked.Pass()
 	p.kernel.Commit()
+	fault.RecordCommitted.Pass()
 	return n, nil
 }
 

@@ -15,6 +15,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/fault"
 )
 
 // Mkdir makes a folder and its parents with mode 0700, and syncs each folder that gained an entry. One that exists is no error;
@@ -90,16 +92,54 @@ func WriteFile(path string, content []byte) (err error) {
 	}
 	// Commit point: before the rename a crash leaves the old file, after it the new one.
 	if err == nil {
+		fault.FileWritten.Pass()
 		err = os.Rename(f.Name(), path)
 	}
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
+	fault.FileReplaced.Pass()
 	return SyncDir(filepath.Dir(path))
 }
 
-// SyncDir makes the entries of a folder durable.
+// Troubled reports whether an error is one of the disk's or the file system's, which may go away: it is full, it has errors, it is
+// mounted read-only after one.
+func Troubled(err error) bool {
+	return isFull(err) || errors.Is(err, unix.EIO) || errors.Is(err, unix.EROFS)
+}
+
+func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
+
+// Advice says what to do about an error of writing.
+func Advice(err error) string {
+	switch {
+	case isFull(err):
+		return "make room on its disk"
+	case errors.Is(err, unix.EROFS):
+		return "its file system is read-only: see why (dmesg), stop the agent, check it (fsck), mount it anew, start the agent"
+	}
+	return "look for errors of its disk (dmesg); if its file system has suffered, stop the agent, check it (fsck), mount it anew, start the agent"
+}
+
+// SyncDir makes the entries of a folder durable. The first sync may report an error from before this process began, of what another one
+// wrote: then the folder is changed, so that the kernel writes it anew, and synced again. That is rewriting all of it where it is one block,
+// as a folder of some hundred entries is.
 func SyncDir(dir string) error {
+	err := syncDir(dir)
+	if !errors.Is(err, unix.EIO) {
+		return err
+	}
+	made, err2 := os.MkdirTemp(dir, ".sync.*") // an empty folder is passed over where a crash leaves it
+	if err2 == nil {
+		err2 = os.Remove(made)
+	}
+	if err2 != nil {
+		return errors.Join(err, err2)
+	}
+	return syncDir(dir)
+}
+
+func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return fmt.Errorf("sync folder: %w", err)

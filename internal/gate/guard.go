@@ -39,7 +39,7 @@ type guard struct {
 	dropped func()
 	asked   func(name event.MountNS, task uint32, number int32, exec bool, file *os.File)
 	oldest  func() (time.Time, bool)
-	spoke   atomic.Int64 // when the guard last said anything, in nanoseconds since 1970
+	spoke   atomic.Pointer[time.Time] // when the guard last said anything
 
 	mu   sync.Mutex
 	conn int // -1: none runs
@@ -91,7 +91,7 @@ func (g *guard) run() error {
 	if err := g.record(); err != nil {
 		g.config.Log.Warn("the next agent will not know the guard", zap.Error(err))
 	}
-	g.spoke.Store(time.Now().UnixNano())
+	g.heard()
 	go g.tell(g.conn, cmd, g.stop)
 	go g.listen(g.conn, cmd)
 	for name, group := range g.held {
@@ -130,12 +130,18 @@ func (g *guard) tell(conn int, cmd *exec.Cmd, stop chan struct{}) {
 		if err := unix.Send(conn, []byte{sayAlive}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT); err != nil && !errors.Is(err, unix.EAGAIN) {
 			return // listen sees why
 		}
-		if silent := time.Since(time.Unix(0, g.spoke.Load())); silent > guardHangsAfter {
+		if silent := time.Since(*g.spoke.Load()); silent > guardHangsAfter {
 			g.config.Log.Error("the gates' guard hangs", zap.Duration("silent for", silent))
 			cmd.Process.Kill() // listen starts another
 			return
 		}
 	}
+}
+
+// heard notes that the guard said something. The time is one that no change of the clock touches.
+func (g *guard) heard() {
+	now := time.Now()
+	g.spoke.Store(&now)
 }
 
 // listen waits for what the guard says, and for its end: then another is started.
@@ -149,7 +155,7 @@ func (g *guard) listen(conn int, cmd *exec.Cmd) {
 		if err != nil || n == 0 {
 			break
 		}
-		g.spoke.Store(time.Now().UnixNano())
+		g.heard()
 		switch {
 		case buf[0] == sayDropped && g.is(conn):
 			g.config.Log.Error("the gates were open: this process did not answer in time, and its guard let all through")

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"os"
 	"runtime"
 	"testing"
 	"time"
@@ -126,6 +127,8 @@ func (sink) ReadAt([]byte, int64) (int, error)      { return 0, io.EOF }
 func (sink) WriteAt(b []byte, _ int64) (int, error) { return len(b), nil }
 func (sink) Truncate(int64) error                   { return nil }
 func (sink) Sync() error                            { return nil }
+func (sink) Stat() (os.FileInfo, error)             { return nil, os.ErrInvalid }
+func (sink) Fd() uintptr                            { return ^uintptr(0) }
 func (sink) Close() error                           { return nil }
 
 // memoryPerEntry hands n entries to each of some lists, as a chain of namespaces does, and returns the heap's growth in bytes

@@ -8,6 +8,7 @@ import (
 	"math"
 	"time"
 
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 )
@@ -159,6 +160,7 @@ func (x *extender) extendAll(a *ahead) error {
 		l.mu.Lock()
 		l.extended.advance(l.extended.n + 1)
 		l.mu.Unlock()
+		fault.ExtendNoted.Pass()
 	}
 	return a.err
 }
@@ -171,10 +173,12 @@ func (x *extender) extendEntry(p *prepared) error {
 			return err
 		}
 	}
+	fault.Extend.Pass()
 	err := x.extendWatched(p)
 	if err != nil {
 		return x.persist(p, err)
 	}
+	fault.Extended.Pass()
 	// Commit point: before this line a crash leaves the entry logged, and extended or not; Open finds out from the register.
 	return nil
 }

@@ -20,8 +20,8 @@
 //
 // # What can go wrong
 //
-// A full disk or a dead TPM is waited out: nothing is lost, Status tells. Any other failed sync is fatal to the list, since the
-// log's state is then unknown: every Receipt gets the error, and the list is recovered by Open. PCRs that no prefix explains are
+// A full or faulty disk or a dead TPM is waited out: nothing is lost, Status tells. What a write or a sync did not get to the disk is
+// written anew, and so is what Open finds in the log and not in the TPM, before it is extended. PCRs that no prefix explains are
 // ErrDiverged, never mended; nor is a PCR used that something else has extended, which is ErrForeign.
 //
 // BUG: a TPM that is reset while the list is open and idle is noticed at the next Open, or when a command fails; extends go on
@@ -32,6 +32,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -73,6 +74,8 @@ type File interface {
 	WriteAt(b []byte, off int64) (int, error)
 	Truncate(size int64) error
 	Sync() error
+	Stat() (os.FileInfo, error)
+	Fd() uintptr
 	Close() error
 }
 
@@ -91,13 +94,14 @@ type Config struct {
 
 // List is one measurement list. Its methods are for any goroutine.
 type List struct {
-	config Config
-	log    *zap.Logger
-	file   File
-	cancel context.CancelFunc // ends a TPM command under way
-	done   sync.WaitGroup     // the writer and the extender
-	ended  chan struct{}      // closed when endErr is set
-	moves  chan *move         // taken by the extender
+	config  Config
+	log     *zap.Logger
+	file    File
+	cancel  context.CancelFunc // ends a TPM command under way
+	done    sync.WaitGroup     // the writer and the extender
+	writing sync.Mutex         // held while the log changes
+	ended   chan struct{}      // closed when endErr is set
+	moves   chan *move         // taken by the extender
 
 	mu         sync.Mutex // guards what follows
 	endErr     error      // ErrClosed, or fatal

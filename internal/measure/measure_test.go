@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -313,24 +314,105 @@ func TestFullDiskIsWaitedOut(t *testing.T) {
 	}
 }
 
-func TestFailedSyncIsFatalAndRecovered(t *testing.T) {
+// TestFailedSyncIsWrittenAnew: after a sync that did not succeed the kernel may have marked as clean what is not on the disk. So all of it
+// is written again, and nothing of it is extended before.
+func TestFailedSyncIsWrittenAnew(t *testing.T) {
 	b := newBench(t)
 	c := b.config()
-	faulty := &faults{failures: map[string]int{}}
-	c.OpenFile = faulty.open
+	faulty := &faults{failures: map[string]int{}, cause: syscall.EIO}
+	var written, synced atomic.Int64 // bytes: of writes since the last sync that succeeded; up to which it did
+	c.OpenFile = func(path string) (File, error) {
+		f, err := faulty.open(path)
+		return &forgetful{f.(*faultyFile), &written, &synced}, err
+	}
+	c.TPM = &afterSync{b.tpm, t, filepath.Join(b.dir, LogName), &synced}
 	l, _ := b.open(c)
+	await(t, l.Settle)
 	await(t, l.Append(entry(t, 1)).Extended)
-	faulty.cause = syscall.EIO
-	faulty.fail("sync", 1)
-	if err := l.Append(entry(t, 2)).Logged(t.Context()); err == nil || !strings.Contains(err.Error(), "sync") {
-		t.Errorf("Logged: %v", err)
+	faulty.fail("sync", 3)
+	r := l.Append(entry(t, 2))
+	for l.Status().LogError == nil && faulty.left("sync") > 0 {
+		time.Sleep(time.Millisecond)
 	}
-	if err := l.Append(entry(t, 3)).Logged(t.Context()); err == nil {
-		t.Error("an entry after the list ended was logged")
+	await(t, r.Extended)
+	if s := l.Status(); s.LogError != nil || s.Fatal != nil {
+		t.Errorf("afterwards: %+v", s)
 	}
 	l.Close()
-	l, _ = b.open(b.config())
-	await(t, l.Append(entry(t, 3)).Extended)
+	if names := b.check(); len(names) != 3 {
+		t.Errorf("entries %v", names)
+	}
+}
+
+// forgetful is a log whose pages are clean after a sync, whether it succeeded or not.
+type forgetful struct {
+	*faultyFile
+	written, synced *atomic.Int64
+}
+
+func (f *forgetful) WriteAt(b []byte, off int64) (int, error) {
+	n, err := f.faultyFile.WriteAt(b, off)
+	f.written.Store(off + int64(n))
+	return n, err
+}
+
+func (f *forgetful) Sync() error {
+	err := f.faultyFile.Sync()
+	if dirty := f.written.Swap(0); err == nil && dirty > 0 {
+		f.synced.Store(dirty)
+	}
+	return err
+}
+
+// afterSync is a TPM that looks, before each extend, whether the whole log is on the disk.
+type afterSync struct {
+	*tpmext.TPM
+	t      *testing.T
+	path   string
+	synced *atomic.Int64
+}
+
+func (a *afterSync) Extend(ctx context.Context, pcr int, digests []ima.Digest) error {
+	if st, err := os.Stat(a.path); err != nil || st.Size() > a.synced.Load() {
+		a.t.Errorf("extended while %d bytes are on the disk: %v, %v", a.synced.Load(), st, err)
+	}
+	return a.TPM.Extend(ctx, pcr, digests)
+}
+
+// TestRecoveredIsSyncedFirst: what an agent wrote and did not sync, or could not, is written anew and synced before it is extended.
+func TestRecoveredIsSyncedFirst(t *testing.T) {
+	b := newBench(t)
+	l, _ := b.open(b.config())
+	await(t, l.Append(entry(t, 1)).Extended)
 	l.Close()
-	b.check()
+	path := filepath.Join(b.dir, LogName)
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, entry(t, 2).AppendBinary(before, ima.SHA1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := b.config()
+	faulty := &faults{failures: map[string]int{"sync": 1}, cause: syscall.EIO}
+	c.OpenFile = faulty.open
+	if _, _, err := Open(t.Context(), c); err == nil || !strings.Contains(err.Error(), "dmesg") {
+		t.Errorf("opened with a disk that does not sync: %v", err)
+	}
+	var written, synced atomic.Int64
+	c = b.config()
+	c.OpenFile = func(path string) (File, error) {
+		f, err := faulty.open(path)
+		return &forgetful{f.(*faultyFile), &written, &synced}, err
+	}
+	c.TPM = &afterSync{b.tpm, t, path, &synced}
+	l, r := b.open(c)
+	if r.Unextended != 1 {
+		t.Errorf("recovered %+v", r)
+	}
+	await(t, l.Settle)
+	l.Close()
+	if names := b.check(); len(names) != 3 {
+		t.Errorf("entries %v", names)
+	}
 }

@@ -12,6 +12,8 @@ import (
 
 	"go.uber.org/zap"
 
+	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 )
@@ -94,11 +96,41 @@ func (l *List) recover(ctx context.Context) (Recovery, *extender, error) {
 	if cut > 0 {
 		// The crash came in the middle of a write: what was cut was never synced, so never extended, and its event comes again.
 		l.log.Warn("removing an incomplete entry at the log's end", zap.Int64("bytes", cut))
+		fault.ListCut.Pass()
 		if err := l.file.Truncate(l.loggedSize); err != nil {
 			return recovery, nil, fmt.Errorf("remove an incomplete entry: %w", err)
 		}
 	}
+	if err := l.rewrite(x.at); err != nil {
+		return recovery, nil, err
+	}
+	fault.ListRecovered.Pass()
 	return recovery, x, nil
+}
+
+// rewriteSize is how many bytes are written anew at a time.
+const rewriteSize = 1 << 20
+
+// rewrite makes durable what was found in the log from an offset on. The agent before may have died between writing and syncing, or of
+// a sync that did not succeed: then the kernel has the bytes, and does not know any more that the disk has not.
+func (l *List) rewrite(from int64) error {
+	if from == l.loggedSize {
+		return nil
+	}
+	b := make([]byte, min(rewriteSize, l.loggedSize-from))
+	for at := from; at < l.loggedSize; at += int64(len(b)) {
+		b = b[:min(int64(len(b)), l.loggedSize-at)]
+		if _, err := l.file.ReadAt(b, at); err != nil {
+			return fmt.Errorf("read what is to be written anew: %w; %s", err, durable.Advice(err))
+		}
+		if _, err := l.file.WriteAt(b, at); err != nil {
+			return fmt.Errorf("write anew what was not extended: %w; %s", err, durable.Advice(err))
+		}
+	}
+	if err := l.file.Sync(); err != nil {
+		return fmt.Errorf("sync what was not extended: %w; %s", err, durable.Advice(err))
+	}
+	return nil
 }
 
 // scan counts and indexes the log, fills the set of known entries, and replays. It returns how many bytes an incomplete entry at

@@ -2,15 +2,16 @@ package measure
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/sys/unix"
+
+	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/fault"
 )
 
-// Pauses between two tries of what does not work for now: a full disk, a dead TPM.
+// Pauses between two tries of what does not work for now: a full or faulty disk, a dead TPM.
 const (
 	firstPause   = 10 * time.Millisecond
 	longestPause = time.Second
@@ -38,46 +39,64 @@ func (l *List) write() {
 		if !l.writeBatch(batch, at) {
 			return
 		}
+		fault.LogSynced.Pass()
 		l.mu.Lock()
 		for _, end := range ends {
 			l.noteLogged(at + end)
 		}
 		l.mu.Unlock()
+		fault.LogTold.Pass()
 	}
 }
 
-// writeBatch writes until it succeeds: a full disk is waited out, and an incomplete write is taken back, so that the log never
-// ends in half an entry while the agent lives. False: the list has ended.
+// writeBatch writes until it succeeds, however long the disk is full or faulty, so that the log never ends in half an entry while the
+// agent lives. False: the list has ended.
 func (l *List) writeBatch(batch []byte, at int64) bool {
+	said := ""
 	for pause := firstPause; ; pause = min(2*pause, longestPause) {
-		_, err := l.file.WriteAt(batch, at)
-		if err == nil {
-			// Commit point: before the sync a crash may lose the batch, whose events the kernel side still has as pending; after
-			// it the next Open finds it. Nothing of it has been extended yet.
-			err = l.file.Sync()
-			if err != nil && !isFull(err) {
-				l.fail(fmt.Errorf("append to list: sync: %w; restart the agent", err))
-				return false
-			}
-		}
+		err := l.writeOnce(batch, at)
 		if err == nil {
 			l.trouble(&l.writeTrouble, nil, "writing resumed")
 			return true
 		}
-		// A sync may also be what finds the disk full. What it failed to write must be written anew, not synced again: the
-		// kernel may have marked it clean.
-		if err2 := l.file.Truncate(at); err2 != nil {
-			l.fail(fmt.Errorf("append to list: %w; take the part back: %w; restart the agent", err, err2))
-			return false
+		advice := durable.Advice(err)
+		err = fmt.Errorf("%w; %s", err, advice)
+		l.mu.Lock()
+		l.writeTrouble = err
+		l.mu.Unlock()
+		if advice != said {
+			l.log.Warn("can't write the list, waiting; nothing is lost", zap.Error(err))
+			said = advice
 		}
-		l.trouble(&l.writeTrouble, err, "can't write the list, waiting; make room on its disk")
 		if !l.pause(pause) {
 			return false
 		}
 	}
 }
 
-func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
+// writeOnce makes a batch durable, or takes it back. After a sync that did not succeed the kernel may have marked as clean what is not on
+// the disk, so another sync proves nothing: the next try writes all of the batch anew, which makes its pages dirty again. What is before
+// the batch was synced successfully. Where nothing can be taken back either, the next try writes the same bytes to the same place.
+func (l *List) writeOnce(batch []byte, at int64) error {
+	l.writing.Lock()
+	defer l.writing.Unlock()
+	fault.LogWrite.Pass()
+	fault.LogTorn.PassAfter(func() { l.file.WriteAt(batch[:len(batch)/2], at) })
+	_, err := l.file.WriteAt(batch, at)
+	if err == nil {
+		fault.LogWritten.Pass()
+		// Commit point: before the sync a crash of the machine may lose the batch, whose events the kernel side still has as pending;
+		// after it the next Open finds it. Nothing of it has been extended yet.
+		if err = l.file.Sync(); err == nil {
+			return nil
+		}
+		err = fmt.Errorf("sync: %w", err)
+	}
+	if err2 := l.file.Truncate(at); err2 != nil {
+		return fmt.Errorf("%w; take the part back: %w", err, err2)
+	}
+	return err
+}
 
 // fail ends the list.
 func (l *List) fail(err error) {

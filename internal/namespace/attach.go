@@ -15,6 +15,7 @@ import (
 	"imans.dev/imans-agent/internal/binding"
 	"imans.dev/imans-agent/internal/durable"
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/measure"
@@ -160,6 +161,7 @@ func (s *State) attach(ctx context.Context) error {
 	if err := s.writeRecord(); err != nil {
 		return err
 	}
+	fault.GrantAttached.Pass()
 	tpm := s.attached.TPM
 	if s.list == nil {
 		if err := s.openList(ctx, measure.Config{Late: awaited(tpm.Banks(), s.algo)}); err != nil {
@@ -172,7 +174,9 @@ func (s *State) attach(ctx context.Context) error {
 	if err := s.tellAttached(ctx); err != nil {
 		return err
 	}
+	fault.GrantTold.Pass()
 	_, err := s.list.Anchor(ctx, tpm)
+	fault.GrantAnchored.Pass()
 	return err
 }
 
@@ -257,10 +261,11 @@ func (s *State) tellAttached(ctx context.Context) error {
 // tellEnd has the native list say that a vTPM has ended.
 func (t *Tree) tellEnd(ctx context.Context, buffer []byte) error {
 	r, err := t.appendNative(binding.EndName, buffer)
-	if err != nil {
-		return err
+	if err == nil {
+		err = r.Logged(ctx)
 	}
-	return r.Logged(ctx)
+	fault.GrantEndTold.Pass()
+	return err
 }
 
 // appendNative appends critical data of the agent's own to the native list, whatever its policy.

@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/measure"
 	"imans.dev/imans-agent/internal/vtpm"
 )
@@ -32,8 +33,10 @@ const settleTimeout = time.Minute
 // finish ends a namespace that is in the tree no more: it goes to the archive, if there is one, and its state goes. What can't be
 // archived stays as it is, vTPM included, and the next start tries again. In a goroutine of its own, as it may take long.
 func (t *Tree) finish(ctx context.Context, s *State) {
+	fault.NamespaceEnding.Pass()
 	err := t.archive(ctx, s)
 	if err == nil {
+		fault.NamespaceArchived.Pass()
 		err = s.endAttached(ctx)
 	}
 	if err != nil {
@@ -79,6 +82,7 @@ func (t *Tree) archive(ctx context.Context, s *State) error {
 		return errors.Join(err, os.RemoveAll(partial))
 	}
 	// Commit point: a crash before this leaves the state for the next start, one after it a second archiving, which finds this one.
+	fault.NamespaceArchiving.Pass()
 	final := filepath.Join(t.config.Archive, name)
 	if err := os.Rename(partial, final); errors.Is(err, os.ErrExist) {
 		return os.RemoveAll(partial)
@@ -133,9 +137,11 @@ func (s *State) end() error {
 	if s.attached != nil {
 		errs = append(errs, s.attached.remove())
 	}
+	fault.NamespaceStopped.Pass()
 	if s.active {
 		errs = append(errs, vtpm.Remove(s.vtpmConfig()), os.RemoveAll(s.dir))
 	}
+	fault.NamespaceRemoved.Pass()
 	return errors.Join(errs...)
 }
 

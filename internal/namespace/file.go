@@ -11,6 +11,7 @@ import (
 
 	"imans.dev/imans-agent/internal/digest"
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/measure"
@@ -117,7 +118,7 @@ func (t *Tree) stateOf(ctx context.Context, ns event.MountNS) (*State, error) {
 // provable reports whether the content's identity stands for its bytes from the event on.
 func (t *Tree) provable(ev *event.File) bool {
 	const doubt = event.Writers | event.Changed | event.RealUnknown
-	return ev.Flags&doubt == 0 && digest.Versioned(ev.RealFS.Magic) && digest.Settled(ev.Content, t.bootAt.Add(ev.Boottime))
+	return ev.Flags&doubt == 0 && digest.Versioned(ev.RealFS.Magic) && digest.Settled(ev.Content, wallTime(ev.Boottime))
 }
 
 // findName returns the path for the entry, as the kernel's IMA would have it.
@@ -188,6 +189,7 @@ func (l *look) measure(n, s *State) error {
 			template = d.Template
 		}
 		sum, loss := l.digest(s, l.algo(n, s, template))
+		fault.RecordHashed.Pass()
 		if d.Actions&ima.Audit != 0 {
 			l.audit(n, f, sum)
 		}

@@ -13,6 +13,7 @@ import (
 
 	"imans.dev/imans-agent/internal/binding"
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/measure"
 	"imans.dev/imans-agent/internal/vtpm"
 )
@@ -107,7 +108,9 @@ func (s *State) decideEnd(ctx context.Context, cause binding.Cause, entries int)
 		return err
 	}
 	s.attached.end = b
-	return s.writeRecord()
+	err = s.writeRecord()
+	fault.GrantEndDecided.Pass()
+	return err
 }
 
 // endAttached has the native list say that the vTPM of a namespace has ended with it. It does nothing without one.

@@ -15,6 +15,7 @@ import (
 	"imans.dev/imans-agent/internal/digest"
 	"imans.dev/imans-agent/internal/durable"
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/measure"
@@ -64,6 +65,7 @@ type State struct {
 	writers    map[event.Content]bool // contents whose open writers are on record
 	held       *held                  // inodes that the list tells of; nil until it is open
 	told       *told                  // records that the list told violations of; likewise
+	lostLog    bool                   // the log is not where it is to be, which was said
 
 	gone chan struct{} // closed when the namespace has ended
 }
@@ -221,10 +223,7 @@ func (s *State) open(ctx context.Context) error {
 	if s.list != nil {
 		return nil
 	}
-	if err := durable.Mkdir(s.dir); err != nil {
-		return err
-	}
-	if err := s.writeRecord(); err != nil {
+	if err := s.makeFolder(ctx); err != nil {
 		return err
 	}
 	if s.attached != nil {
@@ -254,6 +253,36 @@ func (s *State) open(ctx context.Context) error {
 		return err
 	}
 	return s.noTPM(err)
+}
+
+// diskPause is how long a full or faulty disk is given before it is tried again.
+const diskPause = 500 * time.Millisecond
+
+// makeFolder makes the namespace's folder, which says whose it is. A full or faulty disk is waited out, as by a list: a namespace that
+// begins at a bad moment has its list all the same.
+func (s *State) makeFolder(ctx context.Context) error {
+	for said := false; ; said = true {
+		err := durable.Mkdir(s.dir)
+		if err == nil {
+			fault.NamespaceFolder.Pass()
+			err = s.writeRecord()
+		}
+		if err == nil {
+			fault.NamespaceRecorded.Pass()
+			return nil
+		}
+		if !durable.Troubled(err) {
+			return err
+		}
+		if !said {
+			s.tree.log.Warn("can't begin a namespace's list, waiting; nothing is lost; "+durable.Advice(err), zap.Stringer("ns", s.ns), zap.Error(err))
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(diskPause):
+		}
+	}
 }
 
 // noTPM says of a vTPM that is lost, or not to be had: the list goes on without. The other namespaces are not concerned.
@@ -321,6 +350,10 @@ func (s *State) checkPCRs(ctx context.Context, list *measure.List, recovery meas
 	}
 	return nil
 }
+
+// wallTime is what the wall clock would have shown at a time since boot if it had always been as it is now: what a file's change time is
+// compared with. The clock may have been set since this agent started.
+func wallTime(boot time.Duration) time.Time { return time.Now().Add(boot - sinceBoot()) }
 
 // sinceBoot returns the time since boot, suspend included.
 func sinceBoot() time.Duration {

@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/measure"
 )
@@ -47,6 +48,7 @@ func (s *State) tell(sequence uint64, e *imalog.Entry) (receipt measure.Receipt,
 	if err := s.told.note(key, s.list.Accepted()); err != nil {
 		s.tree.log.Warn("the next agent may tell a violation again", zap.String("file", e.Name()), zap.Stringer("ns", s.ns), zap.Error(err))
 	}
+	fault.ViolationNoted.Pass()
 	return s.list.Append(e), true
 }
 

@@ -29,6 +29,7 @@ import (
 	"imans.dev/imans-agent/internal/digest"
 	"imans.dev/imans-agent/internal/durable"
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/loader"
 	"imans.dev/imans-agent/internal/measure"
@@ -294,6 +295,7 @@ func (t *Tree) Birth(b *event.Birth) error {
 	if parent.requested(b) && !s.active {
 		s.active, s.policy = true, t.config.nsPolicy(s.ids)
 	}
+	fault.NamespaceBorn.Pass()
 	s.leader = event.Process{TGID: b.Creator}
 	t.log.Debug("namespace born", zap.Stringer("ns", b.NS), zap.Stringer("parent", s.parent.ns))
 	return t.publish(s)

@@ -9,6 +9,7 @@ import (
 
 	"imans.dev/imans-agent/internal/durable"
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/measure"
 	"imans.dev/imans-agent/internal/tpmext"
@@ -66,6 +67,7 @@ func (s *State) startTPM() error {
 	if err := durable.Mkdir(c.Dir); err != nil {
 		return err
 	}
+	fault.VTPMFolder.Pass()
 	ctx, cancel := context.WithCancel(context.Background())
 	st := &start{cancel: cancel, done: make(chan struct{})}
 	s.starting = st

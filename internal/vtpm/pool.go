@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/ima"
 )
 
@@ -147,6 +148,7 @@ func (p *Pool) Take(ctx context.Context, dir string) (Identity, error) {
 }
 
 func (p *Pool) take(ctx context.Context, dir string) (Identity, error) {
+	fault.GrantAsked.Pass()
 	from, ok := p.get()
 	if !ok {
 		var err error
@@ -169,6 +171,7 @@ func (p *Pool) take(ctx context.Context, dir string) (Identity, error) {
 		}
 		return Identity{}, fmt.Errorf("rename %s: %w", from, err)
 	}
+	fault.GrantTaken.Pass()
 	if err := errors.Join(durable.SyncDir(filepath.Dir(dir)), durable.SyncDir(p.config.Dir)); err != nil {
 		return Identity{}, err
 	}

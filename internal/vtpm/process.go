@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/proc"
 	"imans.dev/imans-agent/internal/tpmext"
 )
@@ -211,9 +212,11 @@ func (p *process) serve(ctx context.Context) (*Instance, error) {
 		return nil, fmt.Errorf("open process %d: %w", i.pid, err)
 	}
 	i.pidfd = pidfd
+	fault.VTPMServing.Pass()
 	if err := i.writeRecord(); err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
+	fault.VTPMRecorded.Pass()
 	return i, nil
 }
 

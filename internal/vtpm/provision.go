@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/tpmext"
 )
@@ -65,6 +66,7 @@ func provision(ctx context.Context, c Config, a *Authority, banks []ima.HashAlgo
 	if err := syncState(c); err != nil {
 		return Identity{}, err
 	}
+	fault.GrantMade.Pass()
 	return identity, identity.write(c.Dir)
 }
 

@@ -31,6 +31,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/durable"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/tpmext"
 )
 
@@ -133,6 +134,7 @@ func startOnce(ctx context.Context, c Config, lock, vtpmx *os.File) (*Instance, 
 	if err != nil {
 		return nil, err
 	}
+	fault.VTPMStarted.Pass()
 	i, err := p.serve(ctx)
 	if err != nil {
 		p.kill()
