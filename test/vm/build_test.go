@@ -133,13 +133,13 @@ func TestFindSuites(t *testing.T) {
 	}
 }
 
-func TestTakesContainerd(t *testing.T) {
+func TestTakes(t *testing.T) {
 	for run, want := range map[string]bool{"": true, "^TestVTPMNRI$": true, "TestVTPMAsked": false} {
 		suites, err := findSuites("../..", run)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := takesContainerd(suites); got != want {
+		if got := takes(suites, containerdTests); got != want {
 			t.Errorf("the tests of %q take containerd: %t, want %t", run, got, want)
 		}
 	}

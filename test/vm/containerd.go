@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 )
 
@@ -33,13 +32,6 @@ func (c *Cache) containerd(ctx context.Context) (string, error) {
 	return c.entry(ctx, "containerd", strings.Join(args, "\n"), func(ctx context.Context, dir string) error {
 		_, err := command(ctx, dir, "env", append([]string{"GOBIN=" + dir}, args...)...)
 		return err
-	})
-}
-
-// takesContainerd reports whether a test among these takes containerd.
-func takesContainerd(suites []Suite) bool {
-	return slices.ContainsFunc(suites, func(s Suite) bool {
-		return slices.ContainsFunc(s.Tests, func(test string) bool { return strings.Contains(test, containerdTests) })
 	})
 }
 

@@ -20,6 +20,10 @@ const (
 	// agentPackage and probeFolder hold the programs that every payload has.
 	agentPackage = "cmd/imans-agent"
 	probeFolder  = "test/vm/probe"
+	// faultAgent is the agent with its fault points (package fault), which tests with faultTests in their names take.
+	faultAgent = "imans-agent-faults"
+	faultTag   = "faults"
+	faultTests = "CrashPoints"
 	// guestTests is where Payload.Script puts the tests, on the root disk: what they run must not be a file of the share.
 	guestTests = "/usr/local/lib/imans-test"
 )
@@ -107,7 +111,13 @@ func BuildPayload(ctx context.Context, repo, dir string, o PayloadOptions) (*Pay
 		}
 	}
 	p.Suites = suites
-	if o.Cache != nil && takesContainerd(suites) {
+	if !o.NoPrograms && takes(suites, faultTests) {
+		args := []string{"build", "-trimpath", "-tags", faultTag, "-o", filepath.Join(dir, faultAgent), "./" + agentPackage}
+		if err := goBuild(ctx, repo, args...); err != nil {
+			return nil, fmt.Errorf("compile the agent with fault points: %w", err)
+		}
+	}
+	if o.Cache != nil && takes(suites, containerdTests) {
 		if err := p.addContainerd(ctx, o.Cache); err != nil {
 			return nil, err
 		}
@@ -129,6 +139,13 @@ func (p *Payload) Script(limit time.Duration) string {
 	}
 	b.WriteString("exit $status\n")
 	return b.String()
+}
+
+// takes reports whether a test among these has a word in its name.
+func takes(suites []Suite, word string) bool {
+	return slices.ContainsFunc(suites, func(s Suite) bool {
+		return slices.ContainsFunc(s.Tests, func(test string) bool { return strings.Contains(test, word) })
+	})
 }
 
 // Without is the payload without the tests that passed or were skipped.

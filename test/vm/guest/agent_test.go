@@ -18,12 +18,16 @@ import (
 	"time"
 
 	"imans.dev/imans-agent/internal/control"
+	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
 )
 
 // program is the agent as users run it.
 const program = "/usr/local/bin/imans-agent"
+
+// faultProgram is the same with its fault points compiled in.
+const faultProgram = program + "-faults"
 
 // nativePCR is free on the matrix's kernels (their own IMA extends its boot_aggregate into PCR 10), and can be reset for the next
 // test.
@@ -41,6 +45,7 @@ type agent struct {
 	cmd    *exec.Cmd
 	log    *bytes.Buffer
 	exited chan struct{}
+	fault  string // arms a point of package fault in what is launched; "": it is the agent as users have it
 }
 
 // in is the agent as a subtest asks it.
@@ -94,6 +99,10 @@ func (a *agent) launch() {
 	a.log = &bytes.Buffer{}
 	line := slices.Concat(a.under, []string{program}, a.folders(), a.args)
 	a.cmd = exec.Command(line[0], line[1:]...)
+	if a.fault != "" {
+		a.cmd.Path = faultProgram
+		a.cmd.Env = append(os.Environ(), fault.Variable+"="+a.fault)
+	}
 	a.cmd.Stdout, a.cmd.Stderr = a.log, a.log
 	if err := a.cmd.Start(); err != nil {
 		a.t.Fatal(err)
