@@ -6,7 +6,8 @@ cp /payload/{spawn,static,dynamic,imans-agent} /root/
 cd /root || exit
 mount -o remount,noatime / 2>/dev/null || true
 # Whole in memory from the beginning: whoever hashes a file reads all of it, and the kernel maps what it has around each page that a program touches.
-cat spawn static dynamic imans-agent $(ldd dynamic | grep -o '/[^ ]*') >/dev/null
+cat spawn static dynamic imans-agent >/dev/null
+ldd dynamic | grep -o '/[^ ]*' | xargs cat >/dev/null
 echo 0 >/proc/sys/kernel/randomize_va_space
 
 # where the programs run
