@@ -94,10 +94,14 @@ func (w *watch) heard(message, oob []byte) error {
 			delete(w.waiting, number)
 			unix.Close(int(number))
 		}
-	case message[0] == sayAdd && len(message) == messageSize:
+	case message[0] == sayAdd:
 		fd, err := descriptorIn(oob)
 		if err != nil {
 			return err
+		}
+		if len(message) != messageSize {
+			unix.Close(fd)
+			return nil
 		}
 		name := nameIn(message)
 		if before, ok := w.groups[name]; ok {

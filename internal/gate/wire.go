@@ -45,7 +45,7 @@ func nameIn(message []byte) event.MountNS {
 // descriptorIn returns the one descriptor of a control message.
 func descriptorIn(oob []byte) (int, error) {
 	controls, err := unix.ParseSocketControlMessage(oob)
-	if err == nil && len(controls) == 1 {
+	if err == nil && len(controls) == 1 && len(controls[0].Data)%4 == 0 { // ParseUnixRights takes that for granted
 		var fds []int
 		if fds, err = unix.ParseUnixRights(&controls[0]); err == nil && len(fds) == 1 {
 			return fds[0], nil

@@ -60,6 +60,9 @@ func (g *Containers) open(id string) (*container, error) {
 	if err := json.Unmarshal(b, &c.life); err != nil {
 		return nil, fmt.Errorf("read %s: %w", recordName, err)
 	}
+	if c.Request.ID != id {
+		return nil, fmt.Errorf("read %s: it is of container %q; move the folder %s away", recordName, c.Request.ID, c.dir)
+	}
 	return c, nil
 }
 
