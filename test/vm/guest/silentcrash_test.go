@@ -278,19 +278,27 @@ func (c *crashes) check() {
 	c.inOrder("the native list", c.a.list("native"), func(*crashProgram) bool { return true })
 	c.a.verifyNow("native")
 	for _, b := range append([]*crashBox{c.standing}, c.boxes...) {
-		own := func(p *crashProgram) bool { return p.box == b }
 		if b.ended {
-			folder := c.archived(b)
-			c.inOrder("the archive of "+b.name, readArchived(c.t, folder), own)
-			if status, out := exits(c.t, program, "verify", folder); status != 0 {
-				c.t.Errorf("verify %s: exit status %d\n%s", folder, status, tail(out, 2000))
-			}
-			os.RemoveAll(folder)
+			c.checkArchive(b)
 			continue
 		}
-		c.inOrder("the list of "+b.name, c.a.list(b.name), own)
+		c.inOrder("the list of "+b.name, c.a.list(b.name), b.ran)
 		c.a.verifyNow(b.name)
 	}
+}
+
+// ran reports whether a program ran in the box.
+func (b *crashBox) ran(p *crashProgram) bool { return p.box == b }
+
+// checkArchive holds what is archived of a box that has ended against what ran in it, and removes it.
+func (c *crashes) checkArchive(b *crashBox) {
+	c.t.Helper()
+	folder := c.archived(b)
+	c.inOrder("the archive of "+b.name, readArchived(c.t, folder), b.ran)
+	if status, out := exits(c.t, program, "verify", folder); status != 0 {
+		c.t.Errorf("verify %s: exit status %d\n%s", folder, status, tail(out, 2000))
+	}
+	os.RemoveAll(folder)
 }
 
 // hasNoLosses checks that the agent tells of none.
@@ -347,7 +355,7 @@ func readArchived(t *testing.T, folder string) []*imalog.Entry {
 
 // ranIn reports whether a program ran in a box.
 func (c *crashes) ranIn(b *crashBox, path string) bool {
-	return slices.ContainsFunc(c.ran, func(p *crashProgram) bool { return p.box == b && p.path == path })
+	return slices.ContainsFunc(c.ran, func(p *crashProgram) bool { return b.ran(p) && p.path == path })
 }
 
 // inOrder checks that a list has each of the programs that concern it once, in the order in which they ran.
