@@ -23,6 +23,12 @@ static __always_inline bool imans_keeps_time(__u64 magic)
 	       magic == SQUASHFS_MAGIC || magic == EROFS_SUPER_MAGIC_V1;
 }
 
+/* Whether the kernel's IMA, once it has a policy, notices each change of a file before it answers from its cache. */
+static __always_inline bool imans_is_noticed(__u64 magic, __u32 flags)
+{
+	return !(flags & IMANS_OVERLAY) && (imans_keeps_time(magic) || magic == TMPFS_MAGIC);
+}
+
 /*
  * Whether a change from now on must move the version: the change time is older than its clock's step can hide. TAI is ahead
  * of the time of day by the leap seconds, 37 by now; 60 s leave room for those and for a clock that is being corrected.
@@ -41,12 +47,12 @@ static __noinline __u32 imans_take_digest(struct file *file, const struct imans_
 					  struct imans_digest *digest)
 {
 	bool provable = !(flags & (IMANS_WRITERS | IMANS_REAL_UNKNOWN)) && imans_keeps_time(content->fs_magic);
-	__u32 *distrust = imans_setting(IMANS_DISTRUST_OVERLAY);
+	__u32 *distrust = imans_setting(IMANS_DISTRUST_CACHE);
 	struct imans_version after = {};
 	struct imans_digest *recent;
 
 	digest->algo = -95; /* EOPNOTSUPP */
-	if (!imans_kernel_digest || !distrust || ((flags & IMANS_OVERLAY) && *distrust))
+	if (!imans_kernel_digest || !distrust || (*distrust && !imans_is_noticed(content->fs_magic, flags)))
 		return 0;
 	if (provable) {
 		recent = bpf_map_lookup_elem(&recent_digests, &content->version);

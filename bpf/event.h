@@ -231,10 +231,10 @@ enum imans_namespace_policy_flag {
 /* What the agent tells the running programs: the entries of settings. */
 enum imans_setting {
 	/*
-	 * Ask the kernel for no digest of an overlayfs file. The kernel's own IMA, once a policy is loaded, answers
-	 * bpf_ima_file_hash from its cache, which does not notice a change of the real inode before IMA's own hook runs.
+	 * Ask the kernel for no digest of a file that may change where its own IMA does not notice: below overlayfs, or on a server. Once a
+	 * policy is loaded, IMA answers bpf_ima_file_hash from its cache.
 	 */
-	IMANS_DISTRUST_OVERLAY = 0,
+	IMANS_DISTRUST_CACHE = 0,
 	IMANS_WAKE = 1, /* the agent sleeps: wake it for the next record, and clear this */
 	IMANS_HOLD_ALL = 2, /* held_inodes was full: every inode counts as held. The agent makes room, and clears this */
 	IMANS_LOSSES = 3,	  /* how often something was added to losses, modulo 2^32 */

@@ -142,7 +142,9 @@ int BPF_PROG(imans_inode_unlink, struct inode *dir, struct dentry *dentry, int r
 SEC("lsm/inode_rename")
 int BPF_PROG(imans_inode_rename, struct inode *old_dir, struct dentry *old_dentry, struct inode *new_dir, struct dentry *new_dentry, int ret)
 {
-	if (!ret && (imans_is_kept(old_dir) || imans_is_kept(new_dir) || imans_is_kept(old_dentry->d_inode)) && imans_is_outsider())
+	struct inode *moved = old_dentry->d_inode;
+
+	if (!ret && (imans_is_kept(old_dir) || imans_is_kept(new_dir) || (moved && imans_is_kept(moved))) && imans_is_outsider())
 		return imans_refuse();
 	return ret;
 }

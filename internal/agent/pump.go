@@ -248,11 +248,11 @@ func (p *pump) handle(ctx context.Context, b []byte) (namespace.Pending, error) 
 	return namespace.Pending{}, nil
 }
 
-// watchKernelIMA stops trusting the kernel's digests of overlayfs files once its own IMA has a policy.
+// watchKernelIMA stops trusting the kernel's digests of files whose changes its own IMA does not notice, once that has a policy.
 func (p *pump) watchKernelIMA() error {
 	n, err := kernelMeasurements()
 	if err != nil {
 		return nil // no IMA, or no securityfs: then there is no cache to be stale either
 	}
-	return p.kernel.DistrustOverlay(n > 1)
+	return p.kernel.DistrustCache(n > 1)
 }

@@ -111,14 +111,14 @@ type namespacePolicy struct {
 
 // Of bpf/event.h.
 const (
-	flagIgnoreIDs          = 1          // IMANS_IGNORE_IDS
-	flagKnownIDs           = 2          // IMANS_KNOWN_IDS
-	firstInum              = 0xefffff00 // IMANS_FIRST_INUM
-	settingDistrustOverlay = 0          // IMANS_DISTRUST_OVERLAY
-	settingWake            = 1          // IMANS_WAKE
-	settingHoldAll         = 2          // IMANS_HOLD_ALL
-	settingLosses          = 3          // IMANS_LOSSES
-	settingSecondLooks     = 4          // IMANS_SECOND_LOOKS
+	flagIgnoreIDs        = 1          // IMANS_IGNORE_IDS
+	flagKnownIDs         = 2          // IMANS_KNOWN_IDS
+	firstInum            = 0xefffff00 // IMANS_FIRST_INUM
+	settingDistrustCache = 0          // IMANS_DISTRUST_CACHE
+	settingWake          = 1          // IMANS_WAKE
+	settingHoldAll       = 2          // IMANS_HOLD_ALL
+	settingLosses        = 3          // IMANS_LOSSES
+	settingSecondLooks   = 4          // IMANS_SECOND_LOOKS
 )
 
 // Registered returns the mount namespaces that the kernel side knows, each with its parent (zero: not known).
@@ -234,9 +234,9 @@ func empty(m *ebpf.Map) error {
 	}
 }
 
-// DistrustOverlay tells the kernel side whether to ask the kernel for digests of overlayfs files: once the kernel's own IMA
-// has a policy, it may answer from a cache that does not notice a change of the real inode.
-func (k *Kernel) DistrustOverlay(distrust bool) error { return k.set(settingDistrustOverlay, distrust) }
+// DistrustCache tells the kernel side not to ask the kernel for digests of files below overlayfs, or on file systems that others change:
+// once the kernel's own IMA has a policy, it answers from a cache that does not notice their changes.
+func (k *Kernel) DistrustCache(distrust bool) error { return k.set(settingDistrustCache, distrust) }
 
 func (k *Kernel) set(setting uint32, on bool) error {
 	var value uint32
