@@ -63,7 +63,7 @@ func (d *disk) set(fails string) {
 // Writes to the state folder's disk fail, by write or by sync, for a while or until the file system is mended. Nothing is extended that is
 // not on the disk, the agent says what is wrong and goes on, or the next one does, and nothing is lost.
 func TestNeverSilentDiskFaults(t *testing.T) {
-	sample(t, "6.18")
+	sample(t, "6.1")
 	for _, c := range []struct {
 		name, options string
 		then          func(a *agent, d *disk)

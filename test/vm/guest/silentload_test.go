@@ -131,7 +131,7 @@ func TestNeverSilentSlowTPM(t *testing.T) {
 // The agent is killed again and again while programs run whose files are gone before it hashes them: no entry and no violation is told
 // twice. A program is two events, for its exec and for its mapping.
 func TestNeverSilentKilled(t *testing.T) {
-	sample(t, "6.18")
+	sample(t, "6.1")
 	a := startAgent(t, "--digest", "agent")
 	digests := a.killedUnderLoad(sized(3, 10, 100))
 	a.catchesUp()
