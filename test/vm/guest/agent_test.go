@@ -182,7 +182,9 @@ func (a *agent) cli(args ...string) string {
 // list returns a namespace's list.
 func (a *agent) list(name string) []*imalog.Entry {
 	a.t.Helper()
-	body, err := a.client().Measurements(a.t.Context(), name, "binary", "sha1", false)
+	client := a.client()
+	defer client.Close()
+	body, err := client.Measurements(a.t.Context(), name, "binary", "sha1", false)
 	if err != nil {
 		a.t.Fatal(err)
 	}
@@ -221,7 +223,9 @@ func names(entries []*imalog.Entry) (measured, violations map[string]int) {
 // namespaces returns all namespaces by inode number.
 func (a *agent) namespaces() map[uint32]control.Namespace {
 	a.t.Helper()
-	list, err := a.client().Namespaces(a.t.Context())
+	client := a.client()
+	defer client.Close()
+	list, err := client.Namespaces(a.t.Context())
 	if err != nil {
 		a.t.Fatal(err)
 	}
@@ -235,8 +239,10 @@ func (a *agent) namespaces() map[uint32]control.Namespace {
 // settled waits until a namespace's list is in its TPM, and returns the namespace.
 func (a *agent) settled(name string) control.Namespace {
 	a.t.Helper()
+	client := a.client()
+	defer client.Close()
 	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
-		n, err := a.client().Namespace(a.t.Context(), name)
+		n, err := client.Namespace(a.t.Context(), name)
 		if err != nil {
 			a.t.Fatal(err)
 		}

@@ -142,7 +142,9 @@ func (a *agent) leavings() map[string]int {
 		a.t.Fatal(err)
 	}
 	held["file descriptors"] = len(fds)
-	status, err := a.client().Status(a.t.Context())
+	client := a.client()
+	defer client.Close()
+	status, err := client.Status(a.t.Context())
 	if err != nil {
 		a.t.Fatal(err)
 	}
