@@ -55,11 +55,11 @@ type mounted struct {
 func mount(t *testing.T, c Config) *mounted {
 	t.Helper()
 	if os.Getuid() != 0 {
-		t.Skip("needs root: fanotify permission events")
+		need.Skip(t, "fanotify permission events need root")
 	}
 	m := &mounted{t: t, dir: t.TempDir()}
 	if err := unix.Mount("none", m.dir, "tmpfs", 0, ""); err != nil {
-		t.Skipf("needs to mount a tmpfs: %v", err)
+		need.Skip(t, "mounting a tmpfs: %v", err)
 	}
 	dir := m.dir
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
@@ -376,7 +376,7 @@ func TestKindOf(t *testing.T) {
 	interp, err := filepath.Glob("/lib*/*/ld-linux*.so.*")
 	if err != nil || len(interp) == 0 {
 		if interp, err = filepath.Glob("/lib64/ld-linux*.so.*"); err != nil || len(interp) == 0 {
-			t.Skip("no dynamic loader")
+			need.Skip(t, "there is no dynamic loader")
 		}
 	}
 	script := filepath.Join(t.TempDir(), "script")

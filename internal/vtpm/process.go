@@ -172,7 +172,8 @@ func startWithoutPrivileges(cmd *exec.Cmd) error {
 	return <-result
 }
 
-// dropBounding leaves no capability to what this thread executes, not even as root. Without CAP_SETPCAP there is none to take away.
+// dropBounding leaves no capability to what this thread executes, not even as root. An agent without CAP_SETPCAP can't: then root's swtpm has what
+// the agent was bounded to.
 func dropBounding() error {
 	for capability := uintptr(0); ; capability++ {
 		switch err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0); {
