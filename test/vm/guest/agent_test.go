@@ -207,6 +207,17 @@ func readList(t *testing.T, r io.Reader) []*imalog.Entry {
 	}
 }
 
+// readListFile reads a binary list with SHA-1 template digests.
+func readListFile(t *testing.T, path string) []*imalog.Entry {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	return readList(t, f)
+}
+
 // names counts the names of a list's entries, violations apart.
 func names(entries []*imalog.Entry) (measured, violations map[string]int) {
 	measured, violations = map[string]int{}, map[string]int{}

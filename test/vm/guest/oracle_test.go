@@ -52,12 +52,7 @@ func loadKernelPolicy(t *testing.T) {
 // kernelList returns the kernel's own measurement list.
 func kernelList(t *testing.T) []*imalog.Entry {
 	t.Helper()
-	f, err := os.Open(kernelIMA + "binary_runtime_measurements")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	return readList(t, f)
+	return readListFile(t, kernelIMA+"binary_runtime_measurements")
 }
 
 // identity is what must be equal in both lists: template and data, by their digest.

@@ -18,6 +18,7 @@ import (
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/namespace"
 )
 
 // crashPatience is how long an armed agent may go without coming to its point.
@@ -349,12 +350,7 @@ func (c *crashes) archived(b *crashBox) string {
 // readArchived returns the list of a folder in the archive.
 func readArchived(t *testing.T, folder string) []*imalog.Entry {
 	t.Helper()
-	list, err := os.Open(filepath.Join(folder, "binary_runtime_measurements"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer list.Close()
-	return readList(t, list)
+	return readListFile(t, filepath.Join(folder, namespace.ArchivedList))
 }
 
 // ranIn reports whether a program ran in a box.

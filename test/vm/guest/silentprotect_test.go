@@ -101,11 +101,7 @@ func TestNeverSilentProtected(t *testing.T) {
 	if got := attempts(t, []string{"env"}, pins, pids...); strings.Count(got, "signal descriptors program limit") != len(pids) || !strings.HasSuffix(got, "pin folder") {
 		t.Errorf("protected, from the host: %q", got)
 	}
-	for deadline := time.Now().Add(time.Minute); !strings.Contains(a.log.String(), "were refused"); time.Sleep(100 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the agent does not say that attempts were refused")
-		}
-	}
+	awaitLog(t, a, "were refused")
 
 	a.signal(syscall.SIGKILL)
 	if got := attempts(t, fromContainer, pins, pids[1:]...); got != "" {
