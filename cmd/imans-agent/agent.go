@@ -76,6 +76,8 @@ start takes over where this one stopped; imans-agent unload takes them out.`,
 	f.BoolVar(&c.Gate.Closed, "gate-closed", false, "what was not measured by then may not be used, and nothing may that needs an answer while the agent is down")
 	f.BoolVar(&c.Protect, "protect", false, "let the kernel refuse who is in a container signals and ptrace to the agent and its vTPMs, and the removal of its pins")
 	f.BoolVar(&c.Confine, "confine", true, "give up the capabilities and the system calls that a running agent does not need")
+	f.IntVar(&c.Nice, "nice", -10, "how soon the agent runs among others, from -20 to 19, the latest; 0 is as any program")
+	f.IntVar(&c.OOMAdj, "oom-score-adj", -999, "whom the kernel ends when memory runs out, from -1000, never the agent and its vTPMs, to 1000, they first")
 	f.StringVar(&c.Digest, "digest", "auto", "who hashes files: kernel, agent, or auto (kernel where it can)")
 	f.StringVar(&c.Template, "template", "ima-ng", "template of entries, as IMA's ima_template")
 	f.StringVar(&c.Hash, "hash", "sha256", "hash of files, as IMA's ima_hash")

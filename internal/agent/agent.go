@@ -31,6 +31,7 @@ import (
 	"imans.dev/imans-agent/internal/nri"
 	"imans.dev/imans-agent/internal/policy"
 	"imans.dev/imans-agent/internal/reach"
+	"imans.dev/imans-agent/internal/standing"
 )
 
 // Config is what the command line says.
@@ -52,6 +53,8 @@ type Config struct {
 	Gate      Gate
 	Protect   bool   // who is in a container is kept from the agent and its vTPMs by the kernel
 	Confine   bool   // once started, capabilities and system calls that are not needed are given up
+	Nice      int    // of the agent's threads
+	OOMAdj    int    // oom_score_adj of the agent and its vTPMs
 	Digest    string // "auto", "kernel" or "agent"
 	Template  string
 	Hash      string // of files, as IMA's ima_hash
@@ -95,6 +98,11 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 		return err
 	}
 	defer unlock()
+	for _, err := range []error{standing.Nice(c.Nice), standing.OOMScore(c.OOMAdj), standing.StayInMemory()} {
+		if err != nil {
+			log.Warn("where memory or time is short the agent is as any program", zap.Error(err))
+		}
+	}
 	if treeConfig.Dir, err = bootDir(c.StateDir, log); err != nil {
 		return err
 	}
@@ -247,6 +255,12 @@ func prepare(c Config, kernelDigests bool, log *zap.Logger) (namespace.Config, e
 	}
 	if c.Gate.Timeout < gateTimeoutMin || c.Gate.Timeout > gateTimeoutMax {
 		return none, usage("--gate-timeout %v: want %v to %v", c.Gate.Timeout, gateTimeoutMin, gateTimeoutMax)
+	}
+	if c.Nice < standing.NiceMin || c.Nice > standing.NiceMax {
+		return none, usage("--nice %d: want %d to %d", c.Nice, standing.NiceMin, standing.NiceMax)
+	}
+	if c.OOMAdj < standing.OOMMin || c.OOMAdj > standing.OOMMax {
+		return none, usage("--oom-score-adj %d: want %d to %d", c.OOMAdj, standing.OOMMin, standing.OOMMax)
 	}
 	if c.MaxRules < 1 {
 		return none, usage("--max-rules %d: want at least 1", c.MaxRules)

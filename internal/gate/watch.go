@@ -12,6 +12,7 @@ import (
 
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/proc"
+	"imans.dev/imans-agent/internal/standing"
 )
 
 // Guard is the guard's own work, in a process of its own: conn is the socket to the agent, whose process number is given. It takes all
@@ -26,6 +27,7 @@ func Guard(conn, agent int, patience time.Duration, closed bool) error {
 	if err != nil {
 		return fmt.Errorf("open /dev/null: %w", err)
 	}
+	standing.StayInMemory() // else it would hang where memory is short; who may not does without
 	w := &watch{conn: conn, agent: agent, null: null, closed: closed, groups: make(map[event.MountNS]int), waiting: make(map[int32]int)}
 	buf, oob := make([]byte, messageSize), make([]byte, unix.CmsgSpace(4))
 	last, hangs := time.Now(), false

@@ -112,7 +112,7 @@ func (d *newDevice) await(ctx context.Context, p *process) (device Device, id ui
 	device = Device{Number: d.number, TPM: Node{Path: "/dev/" + name, Major: d.major, Minor: d.minor}}
 	for !hasNumbers(filepath.Join(sysfsTPM, name), device.TPM) {
 		if err := p.pause(ctx); err != nil {
-			return Device{}, 0, err
+			return Device{}, 0, fmt.Errorf("await the kernel's device %s: %w", name, err)
 		}
 	}
 	if p.config.Version == TPM20 {
@@ -121,7 +121,7 @@ func (d *newDevice) await(ctx context.Context, p *process) (device Device, id ui
 			if major, minor, err := numbers(filepath.Join(sysfsRM, rm)); err == nil {
 				device.RM = Node{Path: "/dev/" + rm, Major: major, Minor: minor}
 			} else if err := p.pause(ctx); err != nil {
-				return Device{}, 0, err
+				return Device{}, 0, fmt.Errorf("await the kernel's device %s: %w", rm, err)
 			}
 		}
 	}

@@ -93,6 +93,8 @@ func run(c Config, lock, vtpmx *os.File) (*process, error) {
 	}
 	if p.device != nil {
 		p.hurry(-20)
+	} else {
+		p.hurry(0)
 	}
 	go func() { // ends with the process; without it a dead instance would stay a zombie
 		p.cmd.Wait()
@@ -102,7 +104,8 @@ func run(c Config, lock, vtpmx *os.File) (*process, error) {
 }
 
 // hurry sets how soon the process is run among others, from -20 to 19, the latest. The driver gives swtpm 750 ms for some answers until it
-// has registered the device, and minutes later. It is without effect where the agent may not do that (CAP_SYS_NICE).
+// has registered the device, and minutes later. 0 is as any program, whatever the agent itself is: who floods a TPM gets no more time than
+// others. It is without effect where the agent may not do that (CAP_SYS_NICE).
 func (p *process) hurry(nice int) {
 	unix.Setpriority(unix.PRIO_PROCESS, p.cmd.Process.Pid, nice)
 }
@@ -229,7 +232,7 @@ func (p *process) open(ctx context.Context, address string) (*tpmext.TPM, error)
 			return tpm, err
 		}
 		if err := p.pause(ctx); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("await an answer at %s: %w", address, err)
 		}
 	}
 }

@@ -4,7 +4,7 @@ package main
 // sideways. A new package is added here; an exception needs an architecture decision record.
 func layers() [][]string {
 	return [][]string{
-		{"confine", "fault", "ima", "need", "proc", "tpmext/tpmtest"},
+		{"confine", "fault", "ima", "need", "proc", "standing", "tpmext/tpmtest"},
 		{"event", "policy", "imalog", "binding", "durable", "feature", "oci"},
 		{"loader", "digest", "tpmext", "verify"},
 		{"measure", "appraise", "vtpm", "tpmshare", "gate"},

@@ -154,6 +154,8 @@ func (a *agent) cleanup() {
 	}
 	if a.t.Failed() && a.log != nil {
 		a.t.Logf("the agent's log:\n%s", tail(a.log.String(), 4000))
+		kernel, _ := exec.Command("dmesg").Output()
+		a.t.Logf("the kernel's log:\n%s", tail(string(kernel), 4000))
 	}
 	os.RemoveAll(a.dir)
 }
@@ -324,6 +326,14 @@ func leave(t *testing.T) {
 	t.Helper()
 	if os.Getenv("IMANS_SAMPLE") != "" {
 		t.Skipf("not in this run; make test-vm RUN=%s", t.Name())
+	}
+}
+
+// progress tells each tenth of long work: how many of all are done, since when.
+func progress(t *testing.T, done, all int, began time.Time) {
+	t.Helper()
+	if all >= 100 && done%(all/10) == 0 {
+		t.Logf("%d of %d in %v", done, all, time.Since(began).Round(time.Second))
 	}
 }
 

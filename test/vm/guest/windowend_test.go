@@ -75,6 +75,7 @@ func (a *agent) asBefore(held map[string]int, memory int) {
 func (a *agent) cycle(n int, extended bool) {
 	a.t.Helper()
 	count := len(a.namespaces())
+	began := time.Now()
 	failed := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // and never unlocked
@@ -84,7 +85,7 @@ func (a *agent) cycle(n int, extended bool) {
 			return
 		}
 		defer home.Close()
-		for range n {
+		for done := range n {
 			if err = unix.Unshare(unix.CLONE_NEWNS); err == nil {
 				err = exec.Command("/bin/true").Run()
 			}
@@ -94,6 +95,7 @@ func (a *agent) cycle(n int, extended bool) {
 			if err != nil {
 				break
 			}
+			progress(a.t, done+1, n, began)
 		}
 		failed <- errors.Join(err, unix.Setns(int(home.Fd()), unix.CLONE_NEWNS))
 	}()
