@@ -23,8 +23,14 @@ var ErrNoProxy = errors.New("no vTPM proxy")
 // can be tried again.
 var errDriverGaveUp = errors.New("the kernel gave up on swtpm, which takes too long to answer; start fewer at a time, and look at dmesg")
 
-// proxyTries is how often a device is made until it is registered.
-const proxyTries = 8
+// errNotRegistered means that the driver waits for an answer that does not come, which it does for up to two minutes.
+var errNotRegistered = errors.New("the kernel has not registered the device, though swtpm runs; look at dmesg")
+
+// proxyTries is how often a device is made until it is registered; hungTries, how often if the driver waits each time.
+const (
+	proxyTries = 8
+	hungTries  = 3
+)
 
 // Device is what the kernel made of an instance: two character devices of the host, until the instance ends.
 type Device struct {
@@ -51,6 +57,8 @@ const (
 	vtpmProxyFlagTPM2 = 1
 	// nodePatience is how long a device's node may come after the device: devtmpfs has it at once, a device manager soon.
 	nodePatience = 2 * time.Second
+	// registerPatience is how long the driver may take with a TPM 2.0. It exchanges a dozen short commands.
+	registerPatience = 15 * time.Second
 )
 
 // vtpmProxyNewDev is struct vtpm_proxy_new_dev of linux/vtpm_proxy.h.
@@ -110,7 +118,10 @@ func makeDevice(vtpmx *os.File, v Version) (*newDevice, error) {
 func (d *newDevice) await(ctx context.Context, p *process) (device Device, id uint64, err error) {
 	name := fmt.Sprintf("tpm%d", d.number)
 	device = Device{Number: d.number, TPM: Node{Path: "/dev/" + name, Major: d.major, Minor: d.minor}}
-	for !hasNumbers(filepath.Join(sysfsTPM, name), device.TPM) {
+	for began := time.Now(); !hasNumbers(filepath.Join(sysfsTPM, name), device.TPM); {
+		if p.config.Version == TPM20 && time.Since(began) > registerPatience {
+			return Device{}, 0, fmt.Errorf("await the kernel's device %s: %w", name, errNotRegistered)
+		}
 		if err := p.pause(ctx); err != nil {
 			return Device{}, 0, fmt.Errorf("await the kernel's device %s: %w", name, err)
 		}

@@ -123,7 +123,8 @@ func startServing(ctx context.Context, c Config) (*Instance, error) {
 	}
 	for try := 1; ; try++ {
 		i, err := startOnce(ctx, c, lock, vtpmx)
-		if try == proxyTries || !errors.Is(err, errDriverGaveUp) {
+		again := errors.Is(err, errDriverGaveUp) && try < proxyTries || errors.Is(err, errNotRegistered) && try < hungTries
+		if !again {
 			return i, err
 		}
 	}

@@ -295,9 +295,11 @@ func TestVTPMCycles(t *testing.T) {
 	start = strings.Replace(start, "--detach --pid-file pid ", "", 1)
 	run := func(n int) {
 		t.Helper()
-		for range n {
+		began := time.Now()
+		for done := range n {
 			sh(t, start)
 			a.nothingLeft(alone)
+			progress(t, done+1, n, began)
 		}
 	}
 	run(max(2, cycles/10))
