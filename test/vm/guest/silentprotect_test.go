@@ -126,10 +126,7 @@ func TestNeverSilentProtected(t *testing.T) {
 func TestNeverSilentConfined(t *testing.T) {
 	sample(t, "6.12")
 	a := startAgent(t, "--namespaces", "all", "--gate", "exec")
-	b := startUnshared(t, 1, a.windowDir())
-	b.sh("true")
-	a.settled(b.ns())
-	a.cli("ns", "gate", b.ns(), "exec")
+	startGated(t, a, "exec")
 	const needed = 0x8008ac11ef // of package confine
 	swtpms := 0
 	pids := append(strings.Fields(sh(t, fmt.Sprintf("pgrep -P %d", a.cmd.Process.Pid))), strconv.Itoa(a.cmd.Process.Pid))

@@ -21,10 +21,7 @@ import (
 func TestNeverSilentScarce(t *testing.T) {
 	sample(t, "6.12")
 	a := startAgent(t, "--namespaces", "all", "--gate", "exec")
-	b := startUnshared(t, 1, a.windowDir())
-	b.sh("true")
-	a.settled(b.ns())
-	a.cli("ns", "gate", b.ns(), "exec")
+	g := startGated(t, a, "exec")
 	before := a.standings()
 	for _, name := range []string{"imans-agent", "swtpm"} {
 		want := standing{nice: -10, oom: "-999"}
@@ -64,7 +61,7 @@ func TestNeverSilentScarce(t *testing.T) {
 		}
 	}
 	a.eachOnce(digests, true)
-	a.verifyNow(b.ns())
+	a.verifyNow(g.ns)
 	a.verifyNow("native")
 
 	// Who may not have that goes on without, and says so.
