@@ -185,7 +185,7 @@ int BPF_PROG(imans_switch_task_namespaces, struct task_struct *task, struct nspr
 SEC("fentry/proc_free_inum")
 int BPF_PROG(imans_proc_free_inum, unsigned int inum)
 {
-	__u64 id = imans_mntns_forget(inum);
+	__u64 id = imans_mntns_end(inum);
 	struct imans_death *record;
 
 	if (!id)

@@ -9,8 +9,8 @@
 #define IMANS_MNTNS_H
 
 /*
- * Every mount namespace alive that was seen. Full: the namespace goes unregistered, which counts as a loss; its events
- * still flow, because nothing about it can be found here.
+ * Every mount namespace that was seen and whose end the agent has not handled yet: until then it handles what ran in it. Full: the
+ * namespace goes unregistered, which counts as a loss; its events still flow, because nothing about it can be found here.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -19,7 +19,7 @@ struct {
 	__type(value, struct imans_mount_namespace);
 } mount_namespaces SEC(".maps");
 
-/* Inode number to unique id, because a death tells the number only. Full: as above. */
+/* Inode number to unique id of those alive, because a death tells the number only. Full: as above. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 65536);
@@ -65,8 +65,8 @@ static __always_inline bool imans_mntns_register(__u64 id, __u32 inum, __u64 par
 	return !err;
 }
 
-/* Forgets the namespace of this inode number and returns its id; 0 if the number is not one of ours. */
-static __always_inline __u64 imans_mntns_forget(__u32 inum)
+/* Ends the namespace of this inode number and returns its id; 0 if the number is not one of ours. */
+static __always_inline __u64 imans_mntns_end(__u32 inum)
 {
 	__u64 *entry = bpf_map_lookup_elem(&namespace_ids, &inum);
 	struct imans_namespace_policy *policy;
@@ -79,7 +79,6 @@ static __always_inline __u64 imans_mntns_forget(__u32 inum)
 	if (policy)
 		policy->mntns = 0;
 	bpf_map_delete_elem(&namespace_ids, &inum);
-	bpf_map_delete_elem(&mount_namespaces, &id);
 	return id;
 }
 

@@ -53,7 +53,7 @@ func (p *pump) catchUp(ctx context.Context) error {
 	if err := p.tree.CaughtUp(); err != nil {
 		return err
 	}
-	return p.tree.Reconcile()
+	return p.endUnseen(ctx)
 }
 
 // run works until ctx ends. An error is fatal to the agent: what is not committed is read again by the next one.
@@ -148,15 +148,40 @@ func (p *pump) drain(ctx context.Context) error {
 	return p.losses(ctx)
 }
 
-// losses records what the kernel side lost, and once all records are handled ends what ended unseen.
+// losses records what the kernel side lost, and then ends what ended unseen.
 func (p *pump) losses(ctx context.Context) error {
 	lost, err := p.tree.Losses(ctx)
 	p.lost = p.lost || lost
-	if err != nil || !p.lost || p.kernel.Backlog() > 0 {
+	if err != nil || !p.lost {
 		return err
 	}
+	return p.endUnseen(ctx)
+}
+
+// endUnseen ends the namespaces whose deaths nobody will tell of. Which these are is known when all is handled that was recorded before they
+// were gone, what ran in them last included.
+func (p *pump) endUnseen(ctx context.Context) error {
+	gone, err := p.tree.Ended()
+	if err != nil {
+		return err
+	}
+	for end, committed := p.kernel.Positions(); committed < end && len(gone) > 0; _, committed = p.kernel.Positions() {
+		n, err := p.batch(ctx)
+		if err != nil {
+			return err
+		}
+		if n == 0 { // what is left is not whole yet: later
+			p.lost = true
+			return nil
+		}
+	}
 	p.lost = false
-	return p.tree.Reconcile()
+	for _, ns := range gone {
+		if err := p.tree.Death(ns); err != nil {
+			return err
+		}
+	}
+	return p.tree.Finish()
 }
 
 // barrier returns when everything that the kernel side recorded before the call is in the lists.
@@ -222,7 +247,7 @@ func (p *pump) batch(ctx context.Context) (int, error) {
 	fault.RecordMarked.Pass()
 	p.kernel.Commit()
 	fault.RecordCommitted.Pass()
-	return n, nil
+	return n, p.tree.Finish()
 }
 
 func (p *pump) handle(ctx context.Context, b []byte) (namespace.Pending, error) {

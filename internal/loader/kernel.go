@@ -121,7 +121,8 @@ const (
 	settingSecondLooks   = 4          // IMANS_SECOND_LOOKS
 )
 
-// Registered returns the mount namespaces that the kernel side knows, each with its parent (zero: not known).
+// Registered returns the mount namespaces that the kernel side knows, each with its parent (zero: not known): those alive, and those whose end
+// was not handled yet.
 func (k *Kernel) Registered() (map[event.MountNS]event.MountNS, error) {
 	parents := make(map[event.MountNS]event.MountNS)
 	var id uint64
@@ -134,6 +135,28 @@ func (k *Kernel) Registered() (map[event.MountNS]event.MountNS, error) {
 		return nil, fmt.Errorf("list registered namespaces: %w", err)
 	}
 	return parents, nil
+}
+
+// Alive returns those of them that have not ended.
+func (k *Kernel) Alive() (map[event.MountNS]bool, error) {
+	alive := make(map[event.MountNS]bool)
+	var ns event.MountNS
+	it := k.maps[imansMapNamespaceIds].Iterate()
+	for it.Next(&ns.Inum, &ns.ID) {
+		alive[ns] = true
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("list namespaces alive: %w", err)
+	}
+	return alive, nil
+}
+
+// Unregister forgets a namespace whose end is handled. One that is not known is no error.
+func (k *Kernel) Unregister(ns event.MountNS) error {
+	if err := k.maps[imansMapMountNamespaces].Delete(ns.ID); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("unregister namespace %v: %w", ns, err)
+	}
+	return nil
 }
 
 // Policy is what the kernel side knows of the policies that judge a namespace's events.
@@ -152,6 +175,13 @@ func (k *Kernel) SetPolicy(ns, parent event.MountNS, p Policy) error {
 		return nil
 	} else if err != nil {
 		return fmt.Errorf("set parent of namespace %v: %w", ns, err)
+	}
+	var alive uint64
+	if err := k.maps[imansMapNamespaceIds].Lookup(ns.Inum, &alive); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("look whether namespace %v is alive: %w", ns, err)
+	}
+	if alive != ns.ID {
+		return nil
 	}
 	m := k.maps[imansMapNamespacePolicies]
 	index := ns.Inum - firstInum

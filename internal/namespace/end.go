@@ -128,7 +128,7 @@ func (s *State) writeArchive(ctx context.Context, dir string) error {
 	return errors.Join(err, list.Sync(), list.Close(), durable.SyncDir(dir))
 }
 
-// end ends the vTPM and deletes the folder: the namespace is gone. A crash in between leaves a folder that Reconcile ends.
+// end ends the vTPM and deletes the folder: the namespace is gone. A crash in between leaves a folder that the next agent ends.
 func (s *State) end() error {
 	errs := []error{s.release()}
 	if s.swtpm != nil {

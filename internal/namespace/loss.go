@@ -62,7 +62,7 @@ func (t *Tree) readRecordedLosses(list *measure.List) error {
 
 // Losses turns the kernel side's counters into violations in the lists of the namespaces concerned and of all their ancestors,
 // and waits until they are logged. What is on record already is not told again. It reports whether there was anything to tell:
-// among the lost may be deaths, so call Reconcile when all records are handled.
+// among the lost may be deaths, see Ended.
 func (t *Tree) Losses(ctx context.Context) (any bool, err error) {
 	if err := t.recordUnanchored(ctx); err != nil {
 		return false, err

@@ -19,7 +19,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"path/filepath"
+	"slices"
 	"sort"
 	"sync"
 	"time"
@@ -86,7 +88,9 @@ type Tree struct {
 
 	starts chan struct{} // holds one for each vTPM being started
 
-	finishing  sync.WaitGroup // of namespaces that ended
+	ended      []*State        // in the tree no more; their records are not given back yet
+	dead       []event.MountNS // all that ended so
+	finishing  sync.WaitGroup  // of namespaces that ended
 	ending     context.Context
 	stopEnding context.CancelFunc
 }
@@ -312,8 +316,9 @@ func (t *Tree) Move(m *event.Move) {
 	t.mu.Unlock()
 }
 
-// Death takes a namespace out of the tree: its vTPM, its list and its folder are on their way out, its children become its parent's.
+// Death takes a namespace out of the tree; its children become its parent's. What it has stays until Finish.
 func (t *Tree) Death(ns event.MountNS) error {
+	t.dead = append(t.dead, ns)
 	s, ok := t.known(ns)
 	if !ok || s == t.native {
 		return nil
@@ -338,7 +343,21 @@ func (t *Tree) Death(ns event.MountNS) error {
 		errs = append(errs, t.config.Gates.Close(s.ns))
 	}
 	t.log.Debug("namespace ended", zap.Stringer("ns", ns))
-	t.finishing.Go(func() { t.finish(t.ending, s) })
+	t.ended = append(t.ended, s)
+	return errors.Join(errs...)
+}
+
+// Finish has the vTPMs, the lists and the folders of what ended on their way out. Call it when the records that were handled are given back:
+// before, a crash makes the next agent read them again, and it needs to know what they are of.
+func (t *Tree) Finish() error {
+	for _, s := range t.ended {
+		t.finishing.Go(func() { t.finish(t.ending, s) })
+	}
+	var errs []error
+	for _, ns := range t.dead {
+		errs = append(errs, t.config.Kernel.Unregister(ns))
+	}
+	t.ended, t.dead = nil, nil
 	return errors.Join(errs...)
 }
 
@@ -365,26 +384,22 @@ func (t *Tree) Mark(p Pending) error {
 	return nil
 }
 
-// Reconcile ends the states of namespaces that the kernel side does not know any more: their deaths came while no agent ran and
-// there was no room to tell.
-func (t *Tree) Reconcile() error {
-	registered, err := t.config.Kernel.Registered()
-	if err != nil {
-		return err
-	}
+// Ended returns the namespaces in the tree that are alive no more. Their deaths are among the records made before the call, but for those that
+// there was no room to tell of, and those that an agent gave back when it ended itself.
+func (t *Tree) Ended() ([]event.MountNS, error) {
 	t.mu.Lock()
-	var gone []event.MountNS
+	known := make([]event.MountNS, 0, len(t.states))
 	for _, s := range t.states {
-		if _, ok := registered[s.ns]; !ok && s != t.native {
-			gone = append(gone, s.ns)
+		if s != t.native {
+			known = append(known, s.ns)
 		}
 	}
 	t.mu.Unlock()
-	var errs []error
-	for _, ns := range gone {
-		errs = append(errs, t.Death(ns))
+	alive, err := t.config.Kernel.Alive()
+	if err != nil {
+		return nil, err
 	}
-	return errors.Join(errs...)
+	return slices.DeleteFunc(known, func(ns event.MountNS) bool { return alive[ns] }), nil
 }
 
 // publish gives a namespace and all below it a new generation of policies, and tells the kernel side.
@@ -419,7 +434,7 @@ func (t *Tree) Close() error {
 			t.log.Info("closing a list before its TPM caught up; the next start resumes", zap.Stringer("ns", s.ns))
 		}
 	}
-	for _, s := range t.states {
+	for _, s := range slices.AppendSeq(t.ended, maps.Values(t.states)) {
 		errs = append(errs, s.close())
 	}
 	t.finishing.Wait()
