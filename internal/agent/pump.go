@@ -136,16 +136,21 @@ func (p *pump) watch(ctx context.Context) error {
 
 // drain handles all that is recorded when it is called, losses included, however much comes meanwhile.
 func (p *pump) drain(ctx context.Context) error {
-	for end, committed := p.kernel.Positions(); committed < end; _, committed = p.kernel.Positions() {
-		n, err := p.batch(ctx)
-		if err != nil {
-			return err
-		}
-		if n == 0 {
-			break // what is left is not whole yet
-		}
+	if _, err := p.records(ctx); err != nil {
+		return err
 	}
 	return p.losses(ctx)
+}
+
+// records handles those that are there when it is called. It reports whether that was all: what is not whole yet is left.
+func (p *pump) records(ctx context.Context) (all bool, err error) {
+	for end, committed := p.kernel.Positions(); committed < end; _, committed = p.kernel.Positions() {
+		n, err := p.batch(ctx)
+		if n == 0 || err != nil {
+			return false, err
+		}
+	}
+	return true, nil
 }
 
 // losses records what the kernel side lost, and then ends what ended unseen.
@@ -165,17 +170,14 @@ func (p *pump) endUnseen(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for end, committed := p.kernel.Positions(); committed < end && len(gone) > 0; _, committed = p.kernel.Positions() {
-		n, err := p.batch(ctx)
-		if err != nil {
-			return err
-		}
-		if n == 0 { // what is left is not whole yet: later
-			p.lost = true
-			return nil
-		}
-	}
 	p.lost = false
+	if len(gone) == 0 {
+		return nil
+	}
+	if all, err := p.records(ctx); err != nil || !all {
+		p.lost = true // later
+		return err
+	}
 	for _, ns := range gone {
 		if err := p.tree.Death(ns); err != nil {
 			return err
