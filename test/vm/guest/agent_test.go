@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -141,6 +142,20 @@ func (a *agent) signal(s syscall.Signal) {
 		a.cmd.Process.Kill()
 		a.t.Fatalf("the agent does not end: %s", a.log)
 	}
+}
+
+// processes returns the agent's process number and those of what it started, the gates' guard and vTPMs.
+func (a *agent) processes() []int {
+	a.t.Helper()
+	pids := []int{a.cmd.Process.Pid}
+	for _, word := range strings.Fields(sh(a.t, fmt.Sprintf("pgrep -P %d || true", a.cmd.Process.Pid))) {
+		pid, err := strconv.Atoi(word)
+		if err != nil {
+			a.t.Fatal(err)
+		}
+		pids = append(pids, pid)
+	}
+	return pids
 }
 
 func (a *agent) cleanup() {

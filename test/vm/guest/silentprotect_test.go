@@ -129,12 +129,12 @@ func TestNeverSilentConfined(t *testing.T) {
 	startGated(t, a, "exec")
 	const needed = 0x8008ac11ef // of package confine
 	swtpms := 0
-	pids := append(strings.Fields(sh(t, fmt.Sprintf("pgrep -P %d", a.cmd.Process.Pid))), strconv.Itoa(a.cmd.Process.Pid))
+	pids := a.processes()
 	if len(pids) < 3 {
 		t.Errorf("agent, guard and swtpm: %v", pids)
 	}
 	for _, pid := range pids {
-		status := readFile(t, "/proc/"+pid+"/status")
+		status := readFile(t, fmt.Sprintf("/proc/%d/status", pid))
 		name, may := field(t, status, "Name:"), uint64(needed)
 		if name == "swtpm" {
 			swtpms, may = swtpms+1, 0
@@ -144,11 +144,11 @@ func TestNeverSilentConfined(t *testing.T) {
 		}
 		for _, set := range []string{"CapPrm:", "CapEff:", "CapInh:", "CapAmb:", "CapBnd:"} {
 			if got, err := strconv.ParseUint(field(t, status, set), 16, 64); err != nil || got&^may != 0 {
-				t.Errorf("%s (%s): %s %x, want at most %x", name, pid, set, got, may)
+				t.Errorf("%s (%d): %s %x, want at most %x", name, pid, set, got, may)
 			}
 		}
 		if field(t, status, "Seccomp:") != "2" {
-			t.Errorf("%s (%s): no filter of system calls", name, pid)
+			t.Errorf("%s (%d): no filter of system calls", name, pid)
 		}
 	}
 	if swtpms == 0 {

@@ -23,22 +23,18 @@ func TestNeverSilentScarce(t *testing.T) {
 	a := startAgent(t, "--namespaces", "all", "--gate", "exec")
 	g := startGated(t, a, "exec")
 	before := a.standings()
-	for _, name := range []string{"imans-agent", "swtpm"} {
-		want := standing{nice: -10, oom: "-999"}
-		if name == "swtpm" {
-			want.nice = 0
+	for name, want := range map[string]standing{"imans-agent": {nice: -10, oom: "-999", locked: true}, "swtpm": {nice: 0, oom: "-999"}} {
+		if len(before[name]) == 0 {
+			t.Errorf("no %s", name)
 		}
-		if got := before[name]; len(got) == 0 || slices.ContainsFunc(got, func(s standing) bool { return s.nice != want.nice || s.oom != want.oom }) {
-			t.Errorf("%s: %+v, want %+v", name, got, want)
-		}
-	}
-
-	for _, name := range []string{"imans-agent", "exe"} { // the guard has the kernel's name of what it was started as
-		for _, pid := range strings.Fields(sh(t, "pgrep -x "+name)) {
-			if kib, err := strconv.Atoi(field(t, readFile(t, "/proc/"+pid+"/status"), "VmLck:")); err != nil || kib < 1<<10 {
-				t.Errorf("%s (%s) has locked %d KiB, %v", name, pid, kib, err)
+		for pid, threads := range before[name] {
+			if slices.ContainsFunc(threads, func(s standing) bool { return s != want }) {
+				t.Errorf("%s (%d): %+v, want %+v", name, pid, threads, want)
 			}
 		}
+	}
+	if n := len(before["imans-agent"]); n != 2 {
+		t.Errorf("%d processes, want the agent and its gates' guard", n)
 	}
 	// Less memory runs out sooner.
 	sh(t, "awk '/^MemAvailable/ { print int($2 / 2048) - 200 }' /proc/meminfo >/proc/sys/vm/nr_hugepages")
@@ -53,10 +49,11 @@ func TestNeverSilentScarce(t *testing.T) {
 	}
 	digests := l.stop()
 	a.catchesUp()
+	after := a.standings()
 	for name, was := range before {
-		for _, s := range was {
-			if now := a.standings()[name]; !slices.ContainsFunc(now, func(other standing) bool { return other.pid == s.pid }) {
-				t.Errorf("%s is not what it was: %+v, before %+v", name, now, was)
+		for pid := range was {
+			if _, runs := after[name][pid]; !runs {
+				t.Errorf("%s (%d) does not run any more: %+v", name, pid, after[name])
 			}
 		}
 	}
@@ -70,8 +67,8 @@ func TestNeverSilentScarce(t *testing.T) {
 	a.start()
 	awaitLog(t, a, "set nice to -10: ")
 	awaitLog(t, a, "set oom_score_adj to -999: ")
-	for _, s := range a.standings()["imans-agent"] {
-		if s.pid == a.cmd.Process.Pid && (s.nice != 0 || s.oom != "0") {
+	for _, s := range a.standings()["imans-agent"][a.cmd.Process.Pid] {
+		if s.nice != 0 || s.oom != "0" {
 			t.Errorf("without the capabilities: %+v", s)
 		}
 	}
@@ -84,39 +81,44 @@ func TestNeverSilentScarce(t *testing.T) {
 
 // standing is how a thread stands among others.
 type standing struct {
-	pid, nice int
-	oom       string
+	nice   int
+	oom    string
+	locked bool // a MiB of its process's memory, or more
 }
 
-// standings looks at all threads of the agent and of what it started, by their program's name.
-func (a *agent) standings() map[string][]standing {
+// standings looks at all threads of the agent and of what it started, by the name of their program's file and process number.
+func (a *agent) standings() map[string]map[int][]standing {
 	a.t.Helper()
-	found := map[string][]standing{}
-	pids := append(strings.Fields(sh(a.t, fmt.Sprintf("pgrep -P %d || true", a.cmd.Process.Pid))), strconv.Itoa(a.cmd.Process.Pid))
-	for _, word := range pids {
-		pid, err := strconv.Atoi(word)
+	found := map[string]map[int][]standing{}
+	for _, pid := range a.processes() {
+		dir := fmt.Sprintf("/proc/%d/", pid)
+		exe, err := os.Readlink(dir + "exe")
 		if err != nil {
 			a.t.Fatal(err)
 		}
-		exe, err := os.Readlink("/proc/" + word + "/exe")
+		kib, err := strconv.Atoi(field(a.t, readFile(a.t, dir+"status"), "VmLck:"))
 		if err != nil {
 			a.t.Fatal(err)
 		}
-		tasks, err := filepath.Glob("/proc/" + word + "/task/*")
+		tasks, err := os.ReadDir(dir + "task")
 		if err != nil {
 			a.t.Fatal(err)
+		}
+		name := filepath.Base(exe)
+		if found[name] == nil {
+			found[name] = map[int][]standing{}
 		}
 		for _, task := range tasks {
-			tid, err := strconv.Atoi(filepath.Base(task))
+			tid, err := strconv.Atoi(task.Name())
 			if err != nil {
 				a.t.Fatal(err)
 			}
-			nice, err := unix.Getpriority(unix.PRIO_PROCESS, tid)
+			is, err := unix.Getpriority(unix.PRIO_PROCESS, tid)
 			if err != nil {
 				a.t.Fatal(err)
 			}
-			name := filepath.Base(exe)
-			found[name] = append(found[name], standing{pid, 20 - nice, strings.TrimSpace(readFile(a.t, "/proc/"+word+"/oom_score_adj"))})
+			s := standing{nice: 20 - is, oom: strings.TrimSpace(readFile(a.t, dir+"oom_score_adj")), locked: kib >= 1<<10}
+			found[name][pid] = append(found[name][pid], s)
 		}
 	}
 	return found
