@@ -123,8 +123,8 @@ type gate struct {
 	end   context.CancelFunc
 
 	mu      sync.Mutex
-	dynamic map[uint32]bool // tasks that were asked about a program which names an ELF interpreter: the same exec opens that next
-	marked  map[uint64]bool // devices
+	dynamic map[uint32]bool   // tasks that were asked about a program which names an ELF interpreter: the same exec opens that next
+	marked  map[uint32]string // of a device, as dev of event.Content, its file system's type
 	oldest  map[int32]time.Time
 	timeout bool // the last answer came too late
 }
@@ -197,7 +197,7 @@ func (g *Gates) begin(owner event.MountNS) (*gate, error) {
 	}
 	one := &gate{
 		gates: g, owner: owner, group: os.NewFile(uintptr(fd), "fanotify"), dynamic: make(map[uint32]bool),
-		marked: make(map[uint64]bool), oldest: make(map[int32]time.Time),
+		marked: make(map[uint32]string), oldest: make(map[int32]time.Time),
 	}
 	one.ctx, one.end = context.WithCancel(context.Background())
 	g.mu.Lock()
@@ -258,12 +258,12 @@ func (g *gate) markOne(root *os.File, fs FileSystem) error {
 	if fs.Point == "/dev" || fs.Point == "/proc" || fs.Point == "/sys" {
 		mask = unix.FAN_OPEN_EXEC_PERM // devices are opened there, and an open has effects
 	}
+	g.mu.Lock() // the first question finds what it is about
+	defer g.mu.Unlock()
 	if err := g.change(unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, mask, selfPath(fd)); err != nil {
 		return err
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.marked[st.Dev] = true
+	g.marked[unix.Major(st.Dev)<<20|unix.Minor(st.Dev)] = fs.Type
 	return nil
 }
 

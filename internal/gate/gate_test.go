@@ -44,6 +44,7 @@ func TestMain(m *testing.M) {
 type mounted struct {
 	t       *testing.T
 	dir     string
+	fsType  string
 	gates   *Gates
 	owner   event.MountNS
 	all     bool
@@ -57,8 +58,8 @@ func mount(t *testing.T, c Config) *mounted {
 	if os.Getuid() != 0 {
 		need.Skip(t, "fanotify permission events need root")
 	}
-	m := &mounted{t: t, dir: t.TempDir()}
-	if err := unix.Mount("none", m.dir, "tmpfs", 0, ""); err != nil {
+	m := &mounted{t: t, dir: t.TempDir(), fsType: "tmpfs"}
+	if err := unix.Mount("none", m.dir, m.fsType, 0, ""); err != nil {
 		need.Skip(t, "mounting a tmpfs: %v", err)
 	}
 	dir := m.dir
@@ -102,7 +103,7 @@ func (m *mounted) open() {
 		return
 	}
 	defer root.Close()
-	if err := m.gates.Open(m.owner, root, []FileSystem{{m.dir, "tmpfs"}, {"/proc", "proc"}}, m.all); err != nil && !errors.Is(err, os.ErrClosed) {
+	if err := m.gates.Open(m.owner, root, []FileSystem{{m.dir, m.fsType}, {"/proc", "proc"}}, m.all); err != nil && !errors.Is(err, os.ErrClosed) {
 		m.t.Error(err)
 	}
 }
@@ -165,6 +166,30 @@ func TestAsked(t *testing.T) {
 }
 
 // What the hook has seen settled is asked about no more, until it is changed.
+// A file system is called what it is mounted as: ext2 is not what serves it.
+func TestFileSystemType(t *testing.T) {
+	seen := make(chan event.FileSystem, 1)
+	m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(_ context.Context, _ event.MountNS, a *Asked) error {
+		seen <- a.Event.SeenFS
+		return nil
+	}})
+	image := filepath.Join(m.dir, "image")
+	m.dir, m.fsType = t.TempDir(), "ext2"
+	for _, args := range [][]string{{"mke2fs", "-q", "-t", "ext2", image, "1M"}, {"mount", "-t", "ext2", "-o", "loop", image, m.dir}} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			need.Skip(t, "%v: %v %s", args, err, out)
+		}
+	}
+	dir := m.dir
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	m.open()
+	_, ran := m.start("asked")
+	if fs := <-seen; fs.Name != "ext2" || fs.Magic != unix.EXT2_SUPER_MAGIC {
+		t.Errorf("asked about %+v", fs)
+	}
+	m.eventually("it runs", func() bool { return exists(ran) })
+}
+
 func TestSettled(t *testing.T) {
 	seen := make(chan event.File, 10)
 	m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(_ context.Context, _ event.MountNS, a *Asked) error {

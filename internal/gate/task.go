@@ -98,7 +98,7 @@ func (q *question) describe(t task) (*Asked, error) {
 	e := &event.File{
 		Process: t.process, Subject: t.subject, Func: q.function(kindOf(q.file)), Nlink: st.Nlink, Path: name,
 		SeenIno: st.Ino, SeenDev: dev, FOwner: st.Uid, FGroup: st.Gid,
-		SeenFS: event.FileSystem{Magic: uint64(fs.Type), Name: fsName(uint64(fs.Type)), UUID: fsUUID(q.fd)},
+		SeenFS: event.FileSystem{Magic: uint64(fs.Type), Name: q.gate.fsName(dev, uint64(fs.Type)), UUID: fsUUID(q.fd)},
 		Content: event.Content{
 			Dev: dev, Ino: st.Ino, Size: st.Size, CtimeSec: st.Ctime.Sec, CtimeNsec: st.Ctime.Nsec,
 		},
@@ -116,12 +116,18 @@ func (q *question) describe(t task) (*Asked, error) {
 	return &Asked{Inum: t.inum, Event: e, File: q.file}, nil
 }
 
-// fsName returns what rules call a file system that is local. Source: include/uapi/linux/magic.h, and each file system's
-// file_system_type.
-func fsName(magic uint64) string {
+// fsName returns what rules call a file system that is local: what it is mounted as, where files have the device of their mount. Source:
+// include/uapi/linux/magic.h, and each file system's file_system_type.
+func (g *gate) fsName(dev uint32, magic uint64) string {
+	g.mu.Lock()
+	name, ok := g.marked[dev]
+	g.mu.Unlock()
+	if ok {
+		return name
+	}
 	switch magic {
 	case unix.EXT4_SUPER_MAGIC:
-		return "ext4" // ext2 and ext3 are served by the same code
+		return "ext4" // or ext2 or ext3, which are served by the same code
 	case unix.XFS_SUPER_MAGIC:
 		return "xfs"
 	case unix.BTRFS_SUPER_MAGIC:
