@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"runtime"
+	"runtime/metrics"
 	"slices"
 	"time"
 
@@ -60,6 +61,7 @@ type Status struct {
 	Hashed     uint64            `json:"hashed"`     // files read by the agent
 	Asked      uint64            `json:"asked"`      // questions of gates
 	Goroutines int               `json:"goroutines"` // of the agent
+	HeapLive   uint64            `json:"heap_live"`  // bytes of the agent's memory that were in use at its last garbage collection
 	Lost       map[string]uint64 `json:"lost"`       // events lost before they reached the agent, since the programs were loaded
 	Violations map[string]uint64 `json:"violations"` // events that the agent could not measure, by reason
 	Latency    Latency           `json:"latency"`    // from a kernel hook to the native list's extended register
@@ -140,9 +142,16 @@ func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 	}
 	l := counters.Latency
 	s.reply(w, Status{
-		Namespaces: counters.Namespaces, Events: counters.Events, Entries: counters.Entries, Hashed: counters.Hashed, Asked: counters.Asked, Goroutines: runtime.NumGoroutine(), Lost: counters.Lost,
-		Violations: counters.Violations, Latency: Latency{l.Count, l.P50.Microseconds(), l.P99.Microseconds(), l.Max.Microseconds()},
+		Namespaces: counters.Namespaces, Events: counters.Events, Entries: counters.Entries, Hashed: counters.Hashed, Asked: counters.Asked,
+		Goroutines: runtime.NumGoroutine(), HeapLive: heapLive(), Lost: counters.Lost, Violations: counters.Violations,
+		Latency: Latency{l.Count, l.P50.Microseconds(), l.P99.Microseconds(), l.Max.Microseconds()},
 	})
+}
+
+func heapLive() uint64 {
+	sample := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	metrics.Read(sample)
+	return sample[0].Value.Uint64()
 }
 
 func (s *Server) namespaces(w http.ResponseWriter, r *http.Request) {
