@@ -8,12 +8,12 @@ import "imans.dev/imans-agent/internal/event"
 // The goroutine that handles records uses it.
 type inodes struct {
 	max   int
-	taken map[inodeKey]measured
+	count int
+	taken map[uint64]map[inodeKey]measured // by the unique ids of the lists' namespaces
 }
 
 // inodeKey is an inode as a list's namespace sees it: an overlayfs inode is not its layer's.
 type inodeKey struct {
-	list       uint64 // the namespace's unique id
 	pcr        int
 	dev        uint32
 	generation uint32
@@ -23,21 +23,47 @@ type inodeKey struct {
 // inodesMax is how many are remembered, of all lists together: at about 200 bytes each.
 const inodesMax = 65536
 
-func newInodes() *inodes { return &inodes{max: inodesMax, taken: make(map[inodeKey]measured)} }
+func newInodes() *inodes { return &inodes{max: inodesMax, taken: make(map[uint64]map[inodeKey]measured)} }
 
 // same reports whether the list took this inode with this content last, and remembers it. It was looked at anew: this
 // saves an entry, never a look at the file.
 func (i *inodes) same(n *State, pcr int, ev *event.File, m measured) bool {
-	k := inodeKey{list: n.ns.ID, pcr: pcr, dev: ev.SeenDev, generation: ev.Content.Generation, ino: ev.SeenIno}
-	if i.taken[k] == m {
+	k := inodeKey{pcr: pcr, dev: ev.SeenDev, generation: ev.Content.Generation, ino: ev.SeenIno}
+	list := i.taken[n.ns.ID]
+	before, ok := list[k]
+	if ok && before == m {
 		return true
 	}
-	if len(i.taken) >= i.max {
-		for old := range i.taken {
-			delete(i.taken, old)
-			break
+	if !ok {
+		for i.count >= i.max {
+			i.drop(list)
+		}
+		if list == nil {
+			list = make(map[inodeKey]measured)
+			i.taken[n.ns.ID] = list
+		}
+		i.count++
+	}
+	list[k] = m
+	return false
+}
+
+// drop forgets one inode: of that list, so that no other pays for it, or of any if it has none.
+func (i *inodes) drop(list map[inodeKey]measured) {
+	for _, other := range i.taken {
+		if len(list) > 0 {
+			other = list
+		}
+		for k := range other {
+			delete(other, k)
+			i.count--
+			return
 		}
 	}
-	i.taken[k] = m
-	return false
+}
+
+// forget lets go of what a list that ended took.
+func (i *inodes) forget(list uint64) {
+	i.count -= len(i.taken[list])
+	delete(i.taken, list)
 }

@@ -338,6 +338,7 @@ func (t *Tree) Death(ns event.MountNS) error {
 		errs = append(errs, c.record(), t.publish(c))
 	}
 	close(s.gone)
+	t.inodes.forget(ns.ID)
 	errs = append(errs, t.config.Kernel.Forget(s.marks))
 	if s.gate != "" {
 		errs = append(errs, t.config.Gates.Close(s.ns))

@@ -98,7 +98,42 @@ func TestInodesRememberTheLastContent(t *testing.T) {
 	if i.same(s, 10, file(1), measured{one.digest, [32]byte{1}}) {
 		t.Error("content signed anew is taken for the old")
 	}
-	if len(i.taken) > i.max {
-		t.Errorf("%d remembered, at most %d", len(i.taken), i.max)
+	if n := remembered(i); n > i.max || n != i.count {
+		t.Errorf("%d remembered, %d counted, at most %d", n, i.count, i.max)
+	}
+}
+
+func remembered(i *inodes) (n int) {
+	for _, list := range i.taken {
+		n += len(list)
+	}
+	return n
+}
+
+func TestInodesOfAListEndWithIt(t *testing.T) {
+	i := newInodes()
+	i.max = 10
+	other, busy, m := &State{ns: ns(2)}, &State{ns: ns(3)}, measured{digest: ima.ZeroDigest(ima.SHA256)}
+	file := func(ino uint64) *event.File { return &event.File{SeenIno: ino} }
+	i.same(other, 10, file(1), m)
+	for ino := range uint64(1000) {
+		i.same(busy, 10, file(ino), m)
+	}
+	if !i.same(other, 10, file(1), m) {
+		t.Error("a busy list takes another's place")
+	}
+	if n := remembered(i); n != i.max || n != i.count {
+		t.Errorf("%d remembered, %d counted, want %d", n, i.count, i.max)
+	}
+	i.forget(3)
+	if n := remembered(i); n != 1 || n != i.count || len(i.taken) != 1 {
+		t.Errorf("%d remembered of %d lists, %d counted, after the busy one's end", n, len(i.taken), i.count)
+	}
+	i.forget(4)                     // which took nothing
+	for ino := range uint64(1000) { // there is room again
+		i.same(busy, 10, file(ino), m)
+	}
+	if n := remembered(i); n != i.max || n != i.count {
+		t.Errorf("%d remembered, %d counted, want %d", n, i.count, i.max)
 	}
 }
