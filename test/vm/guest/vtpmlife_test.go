@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -241,8 +242,10 @@ func TestVTPMAtOnce(t *testing.T) {
 		ends = append(ends, strings.Join(c.end, " "))
 	}
 	before, began := look(t), time.Now()
-	atOnce(t, starts)
-	t.Logf("%d containers in %v", many, time.Since(began).Round(time.Millisecond))
+	for some := range slices.Chunk(starts, pool) {
+		atOnce(t, some)
+		t.Logf("%d more containers after %v", len(some), time.Since(began).Round(time.Millisecond))
+	}
 	seen := map[string]string{}
 	for i, c := range all {
 		c.started(roots[i])
@@ -257,6 +260,7 @@ func TestVTPMAtOnce(t *testing.T) {
 			t.Errorf("PCR 10 of %s is %s, as that of %q", c.id, register, other)
 		}
 		seen[register] = c.id
+		progress(t, i+1, many, began)
 	}
 	bound, aks := map[string]int{}, map[string]int{}
 	for _, b := range a.bindings() {
@@ -269,7 +273,9 @@ func TestVTPMAtOnce(t *testing.T) {
 		t.Errorf("%d containers and %d keys are bound, want %d: %v", len(bound), len(aks), many, bound)
 	}
 	began = time.Now()
-	atOnce(t, ends)
+	for some := range slices.Chunk(ends, pool) {
+		atOnce(t, some)
+	}
 	a.pooled(pool)
 	a.nothingLeft(before)
 	t.Logf("removed in %v", time.Since(began).Round(time.Millisecond))
