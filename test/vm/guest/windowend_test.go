@@ -132,6 +132,7 @@ func manyNamespaces(t *testing.T, many int, tpm string) {
 	hashes, templates := []string{"sha1", "sha256", "sha384", "sha512"}, []string{"ima-ng", "ima-sig"}
 	var all []*exec.Cmd
 	var outs []*strings.Builder
+	apart := cgroup(t, "many") // as containers are: however many want the processor, the agent is not one among them
 	wait := func(name string) {
 		t.Helper()
 		began, told := time.Now(), 0
@@ -165,6 +166,7 @@ func manyNamespaces(t *testing.T, many int, tpm string) {
 		cmd.Env = append(os.Environ(), "IMA="+a.windowDir()+"/ima", "WORK="+work, "START="+dir+"/start", "END="+dir+"/end",
 			"HASH="+hashes[i%len(hashes)], "TEMPLATE="+templates[i/2%len(templates)], fmt.Sprintf("NUMBER=%d", 2000+i))
 		cmd.Stdout, cmd.Stderr = out, out
+		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(apart.Fd())}
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -199,6 +201,22 @@ func manyNamespaces(t *testing.T, many int, tpm string) {
 			t.Fatalf("%d swtpm processes for %d namespaces", len(left), len(a.namespaces()))
 		}
 	}
+}
+
+// cgroup makes a control group whose members share the processor as one.
+func cgroup(t *testing.T, name string) *os.File {
+	t.Helper()
+	path := "/sys/fs/cgroup/" + name
+	if err := os.Mkdir(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(path) })
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
 }
 
 // pipe makes a pipe, and is its writer until it is closed.

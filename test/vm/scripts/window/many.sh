@@ -4,8 +4,13 @@
 # and then would be all that the machine does.
 . "${0%/*}/lib.sh"
 
-# now: a file with the list as it is now. Where all begin at once the agent may not be done in time; a read says so, and is tried again.
-now() { until cat "$LIST" >"$WORK/now" 2>/dev/null; do sleep 0.5; done && echo "$WORK/now"; }
+now=$WORK/now
+# look: puts the list as it is now into the file now. Where all begin at once the agent may not be done in time; a read says so, and is
+# tried again, later each time.
+look() {
+	pause=1
+	until cat "$LIST" >"$now" 2>/dev/null; do sleep "$pause" && pause=$((pause * 2)); done
+}
 
 echo "$HASH" >"$IMA/hash" && echo "$TEMPLATE" >"$IMA/template_name"
 active_with "measure func=BPRM_CHECK fowner=$NUMBER"
@@ -15,14 +20,14 @@ program "$WORK/other" && chown "$((NUMBER + 1))" "$WORK/other"
 exec 3<"$START" 4<"$END"
 : >"$WORK/ready"
 read -r _ <&3 || :
-"$p" && "$p" && "$WORK/other"
-equal "its own, once" "$(count "$p" "$(now)")" 1
-equal "what only its neighbour wants" "$(count "$WORK/other" "$(now)")" 0
-sleep 0.05 && echo "# changed" >>"$p" && "$p" && "$p"
-equal "changed" "$(count "$p" "$(now)")" 2
-equal "its hash and template alone" "$(cut -d ' ' -f 3 "$(now)" | sort -u) $(awk '{ print $4 }' "$(now)" | sed 's/:.*//' | sort -u)" "$TEMPLATE $HASH"
+"$p" && "$p" && "$WORK/other" && look
+equal "its own, once" "$(count "$p" "$now")" 1
+equal "what only its neighbour wants" "$(count "$WORK/other" "$now")" 0
+sleep 0.05 && echo "# changed" >>"$p" && "$p" && "$p" && look
+equal "changed" "$(count "$p" "$now")" 2
+equal "its hash and template alone" "$(awk '{ sub(":.*", "", $4); print $3, $4 }' "$now" | sort -u)" "$TEMPLATE $HASH"
 equal "its policy" "$(rules)" "measure func=BPRM_CHECK fowner=$NUMBER"
-equal "nobody else's" "$(tail -n +2 "$(now)" | grep -cv " $WORK/")" 0
+equal "nobody else's" "$(tail -n +2 "$now" | grep -cv " $WORK/")" 0
 : >"$WORK/done"
 read -r _ <&4 || :
 finish
