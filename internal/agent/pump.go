@@ -100,11 +100,7 @@ func (p *pump) run(ctx context.Context) error {
 				err = p.tree.TrimHolds()
 			}
 		case r := <-p.requests:
-			if err = p.drain(ctx); err != nil {
-				r.reply <- err
-			} else {
-				r.reply <- r.change(r.ctx)
-			}
+			err = p.answer(ctx, r)
 		}
 		if err != nil {
 			if ctx.Err() != nil {
@@ -113,6 +109,28 @@ func (p *pump) run(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// answer makes a change, and those that wait behind it: what was recorded before them is handled once for all.
+func (p *pump) answer(ctx context.Context, first request) error {
+	all := []request{first}
+	for more := true; more; {
+		select {
+		case r := <-p.requests:
+			all = append(all, r)
+		default:
+			more = false
+		}
+	}
+	err := p.drain(ctx)
+	for _, r := range all {
+		if err != nil {
+			r.reply <- err
+		} else {
+			r.reply <- r.change(r.ctx)
+		}
+	}
+	return err
 }
 
 // watch waits for the kernel side's wake-up whenever run goes to sleep, until ctx ends.

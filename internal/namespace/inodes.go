@@ -23,7 +23,9 @@ type inodeKey struct {
 // inodesMax is how many are remembered, of all lists together: at about 200 bytes each.
 const inodesMax = 65536
 
-func newInodes() *inodes { return &inodes{max: inodesMax, taken: make(map[uint64]map[inodeKey]measured)} }
+func newInodes() *inodes {
+	return &inodes{max: inodesMax, taken: make(map[uint64]map[inodeKey]measured)}
+}
 
 // same reports whether the list took this inode with this content last, and remembers it. It was looked at anew: this
 // saves an entry, never a look at the file.

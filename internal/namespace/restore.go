@@ -4,18 +4,23 @@ import (
 	"go.uber.org/zap"
 )
 
-// RestoreLogs looks whether the logs of all lists are where they are to be, and writes those anew that somebody removed. What else was in a
+// restoreMost is about how many logs one call of RestoreLogs looks for: records wait meanwhile.
+const restoreMost = 100
+
+// RestoreLogs looks whether the logs of lists are where they are to be, and writes those anew that somebody removed. What else was in a
 // folder is gone: the next agent does not find a vTPM whose folder was removed, and says that it is lost. It is called every now
-// and then, by the goroutine that handles records.
+// and then, by the goroutine that handles records. Where there are many lists, some calls one after another look at all.
 func (t *Tree) RestoreLogs() {
 	t.mu.Lock()
-	states := make([]*State, 0, len(t.states))
+	calls := uint64(1 + len(t.states)/restoreMost)
+	var states []*State
 	for _, s := range t.states {
-		if s.list != nil {
+		if s.list != nil && (s == t.native || s.ns.ID%calls == t.restored%calls) {
 			states = append(states, s)
 		}
 	}
 	t.mu.Unlock()
+	t.restored++
 	for _, s := range states {
 		restored, err := s.list.Restore()
 		if restored {

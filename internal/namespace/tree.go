@@ -65,14 +65,15 @@ type Config struct {
 
 // Tree is the tree of mount namespaces.
 type Tree struct {
-	config  Config
-	log     *zap.Logger
-	store   *measure.Store
-	cache   *digest.Cache
-	inodes  *inodes
-	trimmed time.Time // when held inodes were last looked through
-	again   bool      // the kernel side is an earlier agent's: its records may come again
-	bootAt  time.Time // the wall clock's reading at boot, by today's clock
+	config   Config
+	log      *zap.Logger
+	store    *measure.Store
+	cache    *digest.Cache
+	inodes   *inodes
+	trimmed  time.Time // when held inodes were last looked through
+	restored uint64    // calls of RestoreLogs
+	again    bool      // the kernel side is an earlier agent's: its records may come again
+	bootAt   time.Time // the wall clock's reading at boot, by today's clock
 
 	mu         sync.Mutex // guards what follows, and each State's fields that say so
 	native     *State
