@@ -165,7 +165,6 @@ func TestAsked(t *testing.T) {
 	}
 }
 
-// What the hook has seen settled is asked about no more, until it is changed.
 // A file system is called what it is mounted as: ext2 is not what serves it.
 func TestFileSystemType(t *testing.T) {
 	seen := make(chan event.FileSystem, 1)
@@ -190,6 +189,7 @@ func TestFileSystemType(t *testing.T) {
 	m.eventually("it runs", func() bool { return exists(ran) })
 }
 
+// What the hook has seen settled is asked about no more, until it is changed.
 func TestSettled(t *testing.T) {
 	seen := make(chan event.File, 10)
 	m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(_ context.Context, _ event.MountNS, a *Asked) error {
