@@ -116,38 +116,19 @@ func (q *question) describe(t task) (*Asked, error) {
 	return &Asked{Inum: t.inum, Event: e, File: q.file}, nil
 }
 
-// fsName returns what rules call a file system that is local: what it is mounted as, where files have the device of their mount. Source:
-// include/uapi/linux/magic.h, and each file system's file_system_type.
+// fsName returns what rules call a file system that is asked about: what it is mounted as. Files of two have other devices than their mount,
+// those of a subvolume and of a layer. Source: include/uapi/linux/magic.h, and each file system's file_system_type.
 func (g *gate) fsName(dev uint32, magic uint64) string {
 	g.mu.Lock()
 	name, ok := g.marked[dev]
 	g.mu.Unlock()
-	if ok {
+	switch {
+	case ok:
 		return name
-	}
-	switch magic {
-	case unix.EXT4_SUPER_MAGIC:
-		return "ext4" // or ext2 or ext3, which are served by the same code
-	case unix.XFS_SUPER_MAGIC:
-		return "xfs"
-	case unix.BTRFS_SUPER_MAGIC:
+	case magic == unix.BTRFS_SUPER_MAGIC:
 		return "btrfs"
-	case unix.TMPFS_MAGIC:
-		return "tmpfs"
-	case unix.RAMFS_MAGIC:
-		return "ramfs"
-	case unix.SQUASHFS_MAGIC:
-		return "squashfs"
-	case unix.EROFS_SUPER_MAGIC_V1:
-		return "erofs"
-	case unix.F2FS_SUPER_MAGIC:
-		return "f2fs"
-	case unix.OVERLAYFS_SUPER_MAGIC:
+	case magic == unix.OVERLAYFS_SUPER_MAGIC:
 		return "overlay"
-	case unix.ISOFS_SUPER_MAGIC:
-		return "iso9660"
-	case unix.MSDOS_SUPER_MAGIC:
-		return "vfat"
 	}
 	return ""
 }

@@ -72,10 +72,7 @@ func (h *host) begin(swtpm string) {
 	h.t.Helper()
 	h.tree = New(Config{Dir: h.dir, RunDir: filepath.Join(h.dir, "run"), Swtpm: swtpm, Log: zap.NewNop()})
 	h.tree.again, h.trees = true, append(h.trees, h.tree)
-	native := &State{
-		tree: h.tree, ns: event.MountNS{Inum: 1, ID: 1}, dir: filepath.Join(h.dir, "native"), pcr: 11, active: true,
-		policy: &policy.Policy{}, template: imalog.NG, algo: ima.SHA256, gone: make(chan struct{}),
-	}
+	native := active(h.tree, event.MountNS{Inum: 1, ID: 1}, filepath.Join(h.dir, "native"), 11)
 	if err := durable.Mkdir(native.dir); err != nil {
 		h.t.Fatal(err)
 	}
@@ -83,10 +80,8 @@ func (h *host) begin(swtpm string) {
 		h.t.Fatal(err)
 	}
 	h.tree.native, h.tree.states[1] = native, native
-	h.s = &State{
-		tree: h.tree, ns: event.MountNS{Inum: 7, ID: 7}, parent: native, dir: filepath.Join(h.tree.nsDir(), "7-7"), pcr: 10, active: true,
-		policy: &policy.Policy{}, template: imalog.NG, algo: ima.SHA256, gone: make(chan struct{}),
-	}
+	h.s = active(h.tree, event.MountNS{Inum: 7, ID: 7}, filepath.Join(h.tree.nsDir(), "7-7"), 10)
+	h.s.parent = native
 	h.tree.states[7] = h.s
 	left, err := leftStates(h.tree.nsDir())
 	if err != nil {
@@ -99,6 +94,14 @@ func (h *host) begin(swtpm string) {
 		if err := h.s.open(soon(h.t)); err != nil {
 			h.t.Fatal(err)
 		}
+	}
+}
+
+// active is an active namespace with an empty policy.
+func active(tree *Tree, ns event.MountNS, dir string, pcr int) *State {
+	return &State{
+		tree: tree, ns: ns, dir: dir, pcr: pcr, active: true, policy: &policy.Policy{}, template: imalog.NG, algo: ima.SHA256,
+		gone: make(chan struct{}),
 	}
 }
 

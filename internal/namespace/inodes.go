@@ -37,7 +37,7 @@ func (i *inodes) same(n *State, pcr int, ev *event.File, m measured) bool {
 		return true
 	}
 	if !ok {
-		for i.count >= i.max {
+		if i.count >= i.max {
 			i.drop(list)
 		}
 		if list == nil {
@@ -54,13 +54,14 @@ func (i *inodes) same(n *State, pcr int, ev *event.File, m measured) bool {
 func (i *inodes) drop(list map[inodeKey]measured) {
 	for _, other := range i.taken {
 		if len(list) > 0 {
-			other = list
+			break
 		}
-		for k := range other {
-			delete(other, k)
-			i.count--
-			return
-		}
+		list = other
+	}
+	for k := range list {
+		delete(list, k)
+		i.count--
+		break
 	}
 }
 

@@ -10,10 +10,7 @@ import (
 
 	"imans.dev/imans-agent/internal/durable"
 	"imans.dev/imans-agent/internal/event"
-	"imans.dev/imans-agent/internal/ima"
-	"imans.dev/imans-agent/internal/imalog"
 	"imans.dev/imans-agent/internal/measure"
-	"imans.dev/imans-agent/internal/policy"
 )
 
 // Logs that were removed come back, those of many lists in a few calls, none of which looks for all.
@@ -22,10 +19,7 @@ func TestRestoreLogsOfMany(t *testing.T) {
 	tree := New(Config{Dir: dir, RunDir: filepath.Join(dir, "run"), Log: zap.NewNop()})
 	const many = restoreMost + 50
 	for id := range uint64(many) {
-		s := &State{
-			tree: tree, ns: event.MountNS{Inum: 7, ID: id}, dir: filepath.Join(dir, fmt.Sprint(id)), pcr: 10, active: true,
-			policy: &policy.Policy{}, template: imalog.NG, algo: ima.SHA256, gone: make(chan struct{}),
-		}
+		s := active(tree, event.MountNS{Inum: 7, ID: id}, filepath.Join(dir, fmt.Sprint(id)), 10)
 		if err := durable.Mkdir(s.dir); err != nil {
 			t.Fatal(err)
 		}

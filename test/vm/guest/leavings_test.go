@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -25,19 +26,39 @@ func (a *agent) asBefore(held map[string]int, heap int) {
 	)
 	held["file descriptors"] += asking
 	held["goroutines"] += asking
-	held[heapLive] += heap
-	held[memory] += heap + unused
+	mostLive, most := held[heapLive]+heap, held[memory]+heap+unused
+	held[heapLive], held[memory] = math.MaxInt, math.MaxInt
+	a.awaitAtMost(held, time.Minute)
+	held[heapLive], held[memory] = mostLive, most
+	now := a.awaitAtMost(held, collected)
+	a.t.Logf("%d %s, %d at most; %d %s, %d at most", now[heapLive], heapLive, mostLive, now[memory], memory, most)
+}
+
+// awaitAtMost waits so long until no more is held, and returns what is.
+func (a *agent) awaitAtMost(most map[string]int, long time.Duration) map[string]int {
+	a.t.Helper()
 	for began := time.Now(); ; time.Sleep(time.Second) {
-		more := a.more(held)
+		now := a.leavings()
+		more := beyond(now, most)
 		if more == "" {
-			now := a.leavings()
-			a.t.Logf("%d %s, %d at most; %d %s, %d at most", now[heapLive], heapLive, held[heapLive], now[memory], memory, held[memory])
-			return
-		} else if time.Since(began) > collected {
+			return now
+		}
+		if time.Since(began) > long {
 			a.t.Errorf("left behind: %s", more)
-			return
+			return now
 		}
 	}
+}
+
+// beyond says of what there is more than the most.
+func beyond(now, most map[string]int) string {
+	var text strings.Builder
+	for what, n := range now {
+		if n > most[what] {
+			fmt.Fprintf(&text, "%s: %d, at most %d; ", what, n, most[what])
+		}
+	}
+	return text.String()
 }
 
 // The agent's memory in KiB, among what it holds.
@@ -85,17 +106,6 @@ func (a *agent) leavings() map[string]int {
 	return held
 }
 
-// more says of what there is more than before.
-func (a *agent) more(before map[string]int) string {
-	var text strings.Builder
-	for what, n := range a.leavings() {
-		if n > before[what] {
-			fmt.Fprintf(&text, "%s: %d, before %d; ", what, n, before[what])
-		}
-	}
-	return text.String()
-}
-
 // mapEntries counts the entries of a pinned map.
 func (a *agent) mapEntries(name string) int {
 	a.t.Helper()
@@ -119,15 +129,9 @@ func (a *agent) mapEntries(name string) int {
 // memory returns the agent's own memory in KiB.
 func (a *agent) memory() int {
 	a.t.Helper()
-	for line := range strings.Lines(readFile(a.t, fmt.Sprintf("/proc/%d/status", a.cmd.Process.Pid))) {
-		if rest, ok := strings.CutPrefix(line, "RssAnon:"); ok {
-			kib, err := strconv.Atoi(strings.Fields(rest)[0])
-			if err != nil {
-				a.t.Fatal(err)
-			}
-			return kib
-		}
+	kib, err := strconv.Atoi(field(a.t, readFile(a.t, fmt.Sprintf("/proc/%d/status", a.cmd.Process.Pid)), "RssAnon:"))
+	if err != nil {
+		a.t.Fatal(err)
 	}
-	a.t.Fatal("no RssAnon")
-	return 0
+	return kib
 }
