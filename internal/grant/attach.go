@@ -22,9 +22,6 @@ import (
 // meanwhile. It takes milliseconds, and on an emulated machine with others that start, seconds.
 const attachTimeout = 15 * time.Second
 
-// startsAtOnce is how many TPMs are started at a time: each takes a processor, and the kernel gives up on one that is slow to answer.
-const startsAtOnce = 2
-
 // settleTimeout bounds how long a container waits for TPMs to catch up.
 const settleTimeout = 10 * time.Second
 
@@ -56,14 +53,8 @@ func (g *Containers) start(ctx context.Context, c *container, n int) (vtpm.Devic
 	return device, i.Close()
 }
 
-// startOne starts an instance when it is its turn.
+// startOne starts an instance, by socket where the machine has no vTPM proxy.
 func (g *Containers) startOne(ctx context.Context, c *container, config vtpm.Config) (*vtpm.Instance, error) {
-	select {
-	case g.starts <- struct{}{}:
-		defer func() { <-g.starts }()
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
 	i, err := vtpm.Start(ctx, config)
 	if errors.Is(err, vtpm.ErrNoProxy) {
 		return g.startBySocket(ctx, c, config, err)

@@ -69,9 +69,8 @@ type Config struct {
 // Containers grants containers what they ask for. All its methods may be called from several goroutines.
 type Containers struct {
 	Config
-	starts chan struct{} // has room for startsAtOnce
-	mu     sync.Mutex
-	known  map[string]*container
+	mu    sync.Mutex
+	known map[string]*container
 }
 
 var _ oci.Containers = (*Containers)(nil)
@@ -84,7 +83,7 @@ func Open(c Config) (*Containers, error) {
 	if err := durable.Mkdir(c.Dir); err != nil {
 		return nil, fmt.Errorf("containers' folder: %w; choose another with --state-dir", err)
 	}
-	g := &Containers{Config: c, starts: make(chan struct{}, startsAtOnce), known: make(map[string]*container)}
+	g := &Containers{Config: c, known: make(map[string]*container)}
 	entries, err := os.ReadDir(c.Dir)
 	if err != nil {
 		return nil, fmt.Errorf("containers' folder: %w", err)

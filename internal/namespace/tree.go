@@ -87,8 +87,6 @@ type Tree struct {
 
 	latencies *latencies // of the native list
 
-	starts chan struct{} // holds one for each vTPM being started
-
 	ended      []*State        // in the tree no more; their records are not given back yet
 	dead       []event.MountNS // all that ended so
 	finishing  sync.WaitGroup  // of namespaces that ended
@@ -110,7 +108,7 @@ func New(c Config) *Tree {
 		config: c, log: c.Log, store: measure.NewStore(), cache: digest.NewCache(cacheSize), inodes: newInodes(),
 		bootAt: time.Now().Add(-boot), states: make(map[uint64]*State), generation: uint64(boot),
 		recorded: make(map[loader.LossKey]uint64), losses: make(map[event.Loss]uint64), unanchored: make(map[event.MountNS]error),
-		starts: make(chan struct{}, startsAtOnce), ending: ending, stopEnding: stop, latencies: newLatencies(),
+		ending: ending, stopEnding: stop, latencies: newLatencies(),
 	}
 }
 

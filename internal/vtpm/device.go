@@ -26,10 +26,10 @@ var errDriverGaveUp = errors.New("the kernel gave up on swtpm, which takes too l
 // errNotRegistered means that the driver waits for an answer that does not come, which it does for up to two minutes.
 var errNotRegistered = errors.New("the kernel has not registered the device, though swtpm runs; look at dmesg")
 
-// proxyTries is how often a device is made until it is registered; hungTries, how often if the driver waits each time.
+// gaveUpTries is how often a device is made that the driver gives up on, hungTries, how often one that it waits for.
 const (
-	proxyTries = 8
-	hungTries  = 3
+	gaveUpTries = 20
+	hungTries   = 3
 )
 
 // Device is what the kernel made of an instance: two character devices of the host, until the instance ends.

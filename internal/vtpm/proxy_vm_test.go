@@ -8,7 +8,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -302,6 +304,51 @@ func TestVTPMProxyIsTriedAgain(t *testing.T) {
 		pcr(t, i.Address(), 1)
 		if err := errors.Join(i.Stop(), Remove(c)); err != nil {
 			t.Error(err)
+		}
+	}
+	if after := devices(t); after != before {
+		t.Errorf("devices %s, before %s", after, before)
+	}
+}
+
+// However many are started at once, a few are at a time.
+func TestVTPMProxyTakesTurns(t *testing.T) {
+	before := devices(t)
+	dir := t.TempDir()
+	folder := filepath.Join(dir, "starting")
+	if err := errors.Join(os.Chmod(filepath.Dir(dir), 0o755), os.Mkdir(folder, 0o777), os.Chmod(folder, 0o777)); err != nil {
+		t.Fatal(err)
+	}
+	script := "#!/bin/sh\ncd " + folder + "\n: >$$; set -- $(ls) -- \"$@\"\nn=0; while [ $1 != -- ]; do n=$((n+1)); shift; done; shift\n" +
+		"echo $n >>../seen; sleep 0.3; rm $$\nexec /usr/bin/swtpm \"$@\"\n"
+	program := filepath.Join(dir, "swtpm")
+	if err := errors.Join(os.WriteFile(program, []byte(script), 0o755), os.WriteFile(filepath.Join(dir, "seen"), nil, 0o666),
+		os.Chmod(filepath.Join(dir, "seen"), 0o666)); err != nil {
+		t.Fatal(err)
+	}
+	var starts sync.WaitGroup
+	for range 3 * cap(starting) {
+		c := proxyConfig(t)
+		c.Program = program
+		starts.Go(func() {
+			i, err := Start(t.Context(), c)
+			if err == nil {
+				err = errors.Join(i.Stop(), Remove(c))
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	starts.Wait()
+	seen, err := os.ReadFile(filepath.Join(dir, "seen"))
+	counts := strings.Fields(string(seen))
+	if err != nil || len(counts) < 3*cap(starting) {
+		t.Errorf("%d starts were seen, %v", len(counts), err)
+	}
+	for _, n := range counts {
+		if n, err := strconv.Atoi(n); err != nil || n > cap(starting) {
+			t.Errorf("%d started at once, want at most %d: %v", n, cap(starting), err)
 		}
 	}
 	if after := devices(t); after != before {

@@ -26,6 +26,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -80,11 +81,15 @@ type Instance struct {
 // controlSuffix is where the TCG software stack's swtpm interface (tpm2-tools -T swtpm:path=SOCKET) looks for the control channel.
 const controlSuffix = ".ctrl"
 
+// starting has a token of each instance that is being started. With more at once none would be there sooner, as each takes a processor; but
+// each would answer the kernel later, which gives up on those that are late. Half of the processors are left to the kernel's side and to others.
+var starting = make(chan struct{}, max(1, runtime.NumCPU()/2))
+
 // startTimeout bounds how long a new instance may take until it answers: making its seeds takes a while on a slow machine.
 const startTimeout = 60 * time.Second
 
 // Start makes the folder, runs an instance in it and waits until it answers. It fails if one was started in that folder before:
-// Adopt or Remove that, or set Config.Restart. ErrNoProxy: Config.Proxy is set and the machine has no vTPM proxy; nothing was done.
+// Adopt or Remove that, or set Config.Restart. Instances that are started at once take turns, one for every two processors. ErrNoProxy: Config.Proxy is set and the machine has no vTPM proxy; nothing was done.
 func Start(ctx context.Context, c Config) (*Instance, error) {
 	i, err := startServing(ctx, c)
 	if err != nil {
@@ -121,16 +126,30 @@ func startServing(ctx context.Context, c Config) (*Instance, error) {
 			return nil, err
 		}
 	}
-	for try := 1; ; try++ {
+	for gaveUp, hung := 0, 0; ; {
 		i, err := startOnce(ctx, c, lock, vtpmx)
-		again := errors.Is(err, errDriverGaveUp) && try < proxyTries || errors.Is(err, errNotRegistered) && try < hungTries
-		if !again {
+		switch {
+		case errors.Is(err, errDriverGaveUp):
+			gaveUp++
+		case errors.Is(err, errNotRegistered):
+			hung++
+		default:
 			return i, err
+		}
+		if gaveUp == gaveUpTries || hung == hungTries {
+			return nil, err
 		}
 	}
 }
 
+// startOnce tries to start an instance when it is its turn.
 func startOnce(ctx context.Context, c Config, lock, vtpmx *os.File) (*Instance, error) {
+	select {
+	case starting <- struct{}{}:
+		defer func() { <-starting }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("await the start of other vTPMs: %w", ctx.Err())
+	}
 	p, err := run(c, lock, vtpmx)
 	if err != nil {
 		return nil, err
