@@ -26,6 +26,7 @@
 const volatile bool imans_kernel_digest = true;
 
 #include "emit.h"
+#include "standin.h"
 #include "mntns.h"
 #include "content.h"
 #include "measured.h"
@@ -94,23 +95,19 @@ int BPF_PROG(imans_file_mprotect, struct vm_area_struct *vma, unsigned long reqp
 	return imans_make_executable(vma, IMANS_MPROTECT | (reqprot & PROT_EXEC ? IMANS_REQPROT : 0));
 }
 
-/* internal/loader attaches both to the function of that kernel, in this order. */
+/* internal/loader attaches these two to the function of that kernel. Of two at a function the one named _again runs last (standin.h). */
 SEC("fentry/mnt_get_write_access")
 int BPF_PROG(imans_write_access, struct vfsmount *mnt)
 {
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
-
 	imans_look_at_writer(mnt);
-	imans_leave_look(task->pid);
+	imans_leave_run(IMANS_WRITE_ACCESS);
 	return 0;
 }
 
 SEC("fentry/mnt_get_write_access")
 int BPF_PROG(imans_write_access_again, struct vfsmount *mnt)
 {
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
-
-	if (!imans_take_look(task->pid))
+	if (!imans_take_run(IMANS_WRITE_ACCESS))
 		imans_look_at_writer(mnt);
 	return 0;
 }
@@ -137,64 +134,111 @@ static __always_inline void imans_submit_birth(__u64 id, __u32 inum, __u64 paren
 	bpf_ringbuf_submit(record, imans_wake_flags());
 }
 
+static __always_inline void imans_see_birth(struct mnt_namespace *ns, struct mnt_namespace *copy)
+{
+	__u64 id;
+
+	if (copy == ns || (unsigned long)copy >= (unsigned long)-4095 /* an error number */)
+		return;
+	id = imans_mntns_id(copy);
+	if (imans_mntns_register(id, copy->ns.inum, imans_mntns_id(ns), ns->ns.inum))
+		imans_submit_birth(id, copy->ns.inum, imans_mntns_id(ns), ns->ns.inum);
+}
+
 /* At the exit the new namespace has its id, and no task is in it yet: the birth precedes each of its events. */
 SEC("fexit/copy_mnt_ns")
 int BPF_PROG(imans_copy_mnt_ns, unsigned long flags, struct mnt_namespace *ns, void *user_ns, void *new_fs,
 	     struct mnt_namespace *ret)
 {
-	__u64 id;
+	imans_see_birth(ns, ret);
+	imans_leave_run(IMANS_COPY_MNT_NS);
+	return 0;
+}
 
-	if (ret == ns || (unsigned long)ret >= (unsigned long)-4095 /* an error number */)
-		return 0;
-	id = imans_mntns_id(ret);
-	if (imans_mntns_register(id, ret->ns.inum, imans_mntns_id(ns), ns->ns.inum))
-		imans_submit_birth(id, ret->ns.inum, imans_mntns_id(ns), ns->ns.inum);
+SEC("fexit/copy_mnt_ns")
+int BPF_PROG(imans_copy_mnt_ns_again, unsigned long flags, struct mnt_namespace *ns, void *user_ns, void *new_fs,
+	     struct mnt_namespace *ret)
+{
+	if (!imans_take_run(IMANS_COPY_MNT_NS))
+		imans_see_birth(ns, ret);
 	return 0;
 }
 
 /* Also how a namespace without any task when the agent first started is met. 6.1 calls it with NULL when a task exits. */
-SEC("fentry/switch_task_namespaces")
-int BPF_PROG(imans_switch_task_namespaces, struct task_struct *task, struct nsproxy *new)
+static __always_inline void imans_see_move(struct task_struct *task, struct nsproxy *new)
 {
 	struct mnt_namespace *from, *to;
 	struct imans_move *record;
 	__u64 id;
 
 	if (!new)
-		return 0;
+		return;
 	from = task->nsproxy->mnt_ns;
 	to = new->mnt_ns;
 	if (from == to)
-		return 0;
+		return;
 	id = imans_mntns_id(to);
 	if (imans_mntns_register(id, to->ns.inum, 0, 0))
 		imans_submit_birth(id, to->ns.inum, 0, 0);
 	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
-	if (!record)
-		return imans_lose(id, to->ns.inum, IMANS_LOSS_RING_BUFFER_FULL);
+	if (!record) {
+		imans_lose(id, to->ns.inum, IMANS_LOSS_RING_BUFFER_FULL);
+		return;
+	}
 	imans_fill_header(&record->header, IMANS_MOVE, id, to->ns.inum);
 	record->from = imans_mntns_id(from);
 	record->from_inum = from->ns.inum;
 	record->tgid = task->tgid;
 	record->start_boottime = task->group_leader->start_boottime;
 	bpf_ringbuf_submit(record, imans_wake_flags());
+}
+
+SEC("fentry/switch_task_namespaces")
+int BPF_PROG(imans_switch_task_namespaces, struct task_struct *task, struct nsproxy *new)
+{
+	imans_see_move(task, new);
+	imans_leave_run(IMANS_SWITCH_TASK_NAMESPACES);
+	return 0;
+}
+
+SEC("fentry/switch_task_namespaces")
+int BPF_PROG(imans_switch_task_namespaces_again, struct task_struct *task, struct nsproxy *new)
+{
+	if (!imans_take_run(IMANS_SWITCH_TASK_NAMESPACES))
+		imans_see_move(task, new);
 	return 0;
 }
 
 /* Called for every inode number of /proc that is given back, before it is free again. */
-SEC("fentry/proc_free_inum")
-int BPF_PROG(imans_proc_free_inum, unsigned int inum)
+static __always_inline void imans_see_end(__u32 inum)
 {
 	__u64 id = imans_mntns_end(inum);
 	struct imans_death *record;
 
 	if (!id)
-		return 0;
+		return;
 	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
-	if (!record)
-		return imans_lose(id, inum, IMANS_LOSS_RING_BUFFER_FULL);
+	if (!record) {
+		imans_lose(id, inum, IMANS_LOSS_RING_BUFFER_FULL);
+		return;
+	}
 	imans_fill_header(&record->header, IMANS_DEATH, id, inum);
 	bpf_ringbuf_submit(record, imans_wake_flags());
+}
+
+SEC("fentry/proc_free_inum")
+int BPF_PROG(imans_proc_free_inum, unsigned int inum)
+{
+	imans_see_end(inum);
+	imans_leave_run(IMANS_PROC_FREE_INUM);
+	return 0;
+}
+
+SEC("fentry/proc_free_inum")
+int BPF_PROG(imans_proc_free_inum_again, unsigned int inum)
+{
+	if (!imans_take_run(IMANS_PROC_FREE_INUM))
+		imans_see_end(inum);
 	return 0;
 }
 

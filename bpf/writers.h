@@ -10,8 +10,6 @@
 #ifndef IMANS_WRITERS_H
 #define IMANS_WRITERS_H
 
-#define IMANS_LOOKS 1024
-
 /* Full: IMANS_HOLD_ALL, and every inode counts as held. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -127,44 +125,6 @@ static __noinline int imans_look_at_writer(struct vfsmount *mnt)
 	if ((inode->i_mode & S_IFMT) == S_IFREG)
 		imans_tell_writer(inode);
 	return 0;
-}
-
-/*
- * The kernel skips a tracing program that another task was interrupted in on this processor. So two look at each writer, one after the
- * other: the first leaves its task here, and where it did not, the second looks. A run of the first that was skipped and that the second
- * did not stand in for is a writer that nobody looked at.
- */
-static __u32 imans_looked_at[IMANS_LOOKS];
-
-static __always_inline __u32 *imans_look_of(__u32 pid)
-{
-	return &imans_looked_at[pid % IMANS_LOOKS];
-}
-
-static __always_inline void imans_count_second_look(__u32 by)
-{
-	__u32 *count = imans_setting(IMANS_SECOND_LOOKS);
-
-	if (count)
-		__sync_fetch_and_add(count, by);
-}
-
-/* Another task's word stays: then the second program looks as well, which makes up for the one taken off here. */
-static __always_inline void imans_leave_look(__u32 pid)
-{
-	__u32 before = __sync_val_compare_and_swap(imans_look_of(pid), 0, pid);
-
-	if (before && before != pid)
-		imans_count_second_look(-1);
-}
-
-/* Whether the first program looked at the current task's writer. */
-static __always_inline bool imans_take_look(__u32 pid)
-{
-	if (__sync_val_compare_and_swap(imans_look_of(pid), pid, 0) == pid)
-		return true;
-	imans_count_second_look(1);
-	return false;
 }
 
 #endif

@@ -95,34 +95,37 @@ type imansImansVersion struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	imansMapEvents                     = "events"
-	imansMapHeldInodes                 = "held_inodes"
-	imansMapLosses                     = "losses"
-	imansMapMeasuredBySubject          = "measured_by_subject"
-	imansMapMeasuredContents           = "measured_contents"
-	imansMapMeasuredSlots              = "measured_slots"
-	imansMapMountNamespaces            = "mount_namespaces"
-	imansMapNamespaceIds               = "namespace_ids"
-	imansMapNamespacePolicies          = "namespace_policies"
-	imansMapRecentDigests              = "recent_digests"
-	imansMapSettings                   = "settings"
-	imansProgImansBprmCheckSecurity    = "imans_bprm_check_security"
-	imansProgImansCopyMntNs            = "imans_copy_mnt_ns"
-	imansProgImansFileMprotect         = "imans_file_mprotect"
-	imansProgImansIterTask             = "imans_iter_task"
-	imansProgImansMmapFile             = "imans_mmap_file"
-	imansProgImansProcFreeInum         = "imans_proc_free_inum"
-	imansProgImansSwitchTaskNamespaces = "imans_switch_task_namespaces"
-	imansProgImansWriteAccess          = "imans_write_access"
-	imansProgImansWriteAccessAgain     = "imans_write_access_again"
-	imansVarImansKeepBirth             = "imans_keep_birth"
-	imansVarImansKeepDeath             = "imans_keep_death"
-	imansVarImansKeepFile              = "imans_keep_file"
-	imansVarImansKeepIdMaps            = "imans_keep_id_maps"
-	imansVarImansKeepMove              = "imans_keep_move"
-	imansVarImansKeepTask              = "imans_keep_task"
-	imansVarImansKeepWrite             = "imans_keep_write"
-	imansVarImansKernelDigest          = "imans_kernel_digest"
+	imansMapEvents                          = "events"
+	imansMapHeldInodes                      = "held_inodes"
+	imansMapLosses                          = "losses"
+	imansMapMeasuredBySubject               = "measured_by_subject"
+	imansMapMeasuredContents                = "measured_contents"
+	imansMapMeasuredSlots                   = "measured_slots"
+	imansMapMountNamespaces                 = "mount_namespaces"
+	imansMapNamespaceIds                    = "namespace_ids"
+	imansMapNamespacePolicies               = "namespace_policies"
+	imansMapRecentDigests                   = "recent_digests"
+	imansMapSettings                        = "settings"
+	imansProgImansBprmCheckSecurity         = "imans_bprm_check_security"
+	imansProgImansCopyMntNs                 = "imans_copy_mnt_ns"
+	imansProgImansCopyMntNsAgain            = "imans_copy_mnt_ns_again"
+	imansProgImansFileMprotect              = "imans_file_mprotect"
+	imansProgImansIterTask                  = "imans_iter_task"
+	imansProgImansMmapFile                  = "imans_mmap_file"
+	imansProgImansProcFreeInum              = "imans_proc_free_inum"
+	imansProgImansProcFreeInumAgain         = "imans_proc_free_inum_again"
+	imansProgImansSwitchTaskNamespaces      = "imans_switch_task_namespaces"
+	imansProgImansSwitchTaskNamespacesAgain = "imans_switch_task_namespaces_again"
+	imansProgImansWriteAccess               = "imans_write_access"
+	imansProgImansWriteAccessAgain          = "imans_write_access_again"
+	imansVarImansKeepBirth                  = "imans_keep_birth"
+	imansVarImansKeepDeath                  = "imans_keep_death"
+	imansVarImansKeepFile                   = "imans_keep_file"
+	imansVarImansKeepIdMaps                 = "imans_keep_id_maps"
+	imansVarImansKeepMove                   = "imans_keep_move"
+	imansVarImansKeepTask                   = "imans_keep_task"
+	imansVarImansKeepWrite                  = "imans_keep_write"
+	imansVarImansKernelDigest               = "imans_kernel_digest"
 )
 
 // loadImans returns the embedded CollectionSpec for imans.
@@ -167,15 +170,18 @@ type imansSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type imansProgramSpecs struct {
-	ImansBprmCheckSecurity    *ebpf.ProgramSpec `ebpf:"imans_bprm_check_security"`
-	ImansCopyMntNs            *ebpf.ProgramSpec `ebpf:"imans_copy_mnt_ns"`
-	ImansFileMprotect         *ebpf.ProgramSpec `ebpf:"imans_file_mprotect"`
-	ImansIterTask             *ebpf.ProgramSpec `ebpf:"imans_iter_task"`
-	ImansMmapFile             *ebpf.ProgramSpec `ebpf:"imans_mmap_file"`
-	ImansProcFreeInum         *ebpf.ProgramSpec `ebpf:"imans_proc_free_inum"`
-	ImansSwitchTaskNamespaces *ebpf.ProgramSpec `ebpf:"imans_switch_task_namespaces"`
-	ImansWriteAccess          *ebpf.ProgramSpec `ebpf:"imans_write_access"`
-	ImansWriteAccessAgain     *ebpf.ProgramSpec `ebpf:"imans_write_access_again"`
+	ImansBprmCheckSecurity         *ebpf.ProgramSpec `ebpf:"imans_bprm_check_security"`
+	ImansCopyMntNs                 *ebpf.ProgramSpec `ebpf:"imans_copy_mnt_ns"`
+	ImansCopyMntNsAgain            *ebpf.ProgramSpec `ebpf:"imans_copy_mnt_ns_again"`
+	ImansFileMprotect              *ebpf.ProgramSpec `ebpf:"imans_file_mprotect"`
+	ImansIterTask                  *ebpf.ProgramSpec `ebpf:"imans_iter_task"`
+	ImansMmapFile                  *ebpf.ProgramSpec `ebpf:"imans_mmap_file"`
+	ImansProcFreeInum              *ebpf.ProgramSpec `ebpf:"imans_proc_free_inum"`
+	ImansProcFreeInumAgain         *ebpf.ProgramSpec `ebpf:"imans_proc_free_inum_again"`
+	ImansSwitchTaskNamespaces      *ebpf.ProgramSpec `ebpf:"imans_switch_task_namespaces"`
+	ImansSwitchTaskNamespacesAgain *ebpf.ProgramSpec `ebpf:"imans_switch_task_namespaces_again"`
+	ImansWriteAccess               *ebpf.ProgramSpec `ebpf:"imans_write_access"`
+	ImansWriteAccessAgain          *ebpf.ProgramSpec `ebpf:"imans_write_access_again"`
 }
 
 // imansMapSpecs contains maps before they are loaded into the kernel.
@@ -276,26 +282,32 @@ type imansVariables struct {
 //
 // It can be passed to loadImansObjects or ebpf.CollectionSpec.LoadAndAssign.
 type imansPrograms struct {
-	ImansBprmCheckSecurity    *ebpf.Program `ebpf:"imans_bprm_check_security"`
-	ImansCopyMntNs            *ebpf.Program `ebpf:"imans_copy_mnt_ns"`
-	ImansFileMprotect         *ebpf.Program `ebpf:"imans_file_mprotect"`
-	ImansIterTask             *ebpf.Program `ebpf:"imans_iter_task"`
-	ImansMmapFile             *ebpf.Program `ebpf:"imans_mmap_file"`
-	ImansProcFreeInum         *ebpf.Program `ebpf:"imans_proc_free_inum"`
-	ImansSwitchTaskNamespaces *ebpf.Program `ebpf:"imans_switch_task_namespaces"`
-	ImansWriteAccess          *ebpf.Program `ebpf:"imans_write_access"`
-	ImansWriteAccessAgain     *ebpf.Program `ebpf:"imans_write_access_again"`
+	ImansBprmCheckSecurity         *ebpf.Program `ebpf:"imans_bprm_check_security"`
+	ImansCopyMntNs                 *ebpf.Program `ebpf:"imans_copy_mnt_ns"`
+	ImansCopyMntNsAgain            *ebpf.Program `ebpf:"imans_copy_mnt_ns_again"`
+	ImansFileMprotect              *ebpf.Program `ebpf:"imans_file_mprotect"`
+	ImansIterTask                  *ebpf.Program `ebpf:"imans_iter_task"`
+	ImansMmapFile                  *ebpf.Program `ebpf:"imans_mmap_file"`
+	ImansProcFreeInum              *ebpf.Program `ebpf:"imans_proc_free_inum"`
+	ImansProcFreeInumAgain         *ebpf.Program `ebpf:"imans_proc_free_inum_again"`
+	ImansSwitchTaskNamespaces      *ebpf.Program `ebpf:"imans_switch_task_namespaces"`
+	ImansSwitchTaskNamespacesAgain *ebpf.Program `ebpf:"imans_switch_task_namespaces_again"`
+	ImansWriteAccess               *ebpf.Program `ebpf:"imans_write_access"`
+	ImansWriteAccessAgain          *ebpf.Program `ebpf:"imans_write_access_again"`
 }
 
 func (p *imansPrograms) Close() error {
 	return _ImansClose(
 		p.ImansBprmCheckSecurity,
 		p.ImansCopyMntNs,
+		p.ImansCopyMntNsAgain,
 		p.ImansFileMprotect,
 		p.ImansIterTask,
 		p.ImansMmapFile,
 		p.ImansProcFreeInum,
+		p.ImansProcFreeInumAgain,
 		p.ImansSwitchTaskNamespaces,
+		p.ImansSwitchTaskNamespacesAgain,
 		p.ImansWriteAccess,
 		p.ImansWriteAccessAgain,
 	)

@@ -118,7 +118,7 @@ const (
 	settingWake          = 1          // IMANS_WAKE
 	settingHoldAll       = 2          // IMANS_HOLD_ALL
 	settingLosses        = 3          // IMANS_LOSSES
-	settingSecondLooks   = 4          // IMANS_SECOND_LOOKS
+	settingStandIns      = 4          // IMANS_STAND_INS
 )
 
 // Registered returns the mount namespaces that the kernel side knows, each with its parent (zero: not known): those alive, and those whose end

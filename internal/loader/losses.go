@@ -47,7 +47,7 @@ func openLosses(all map[string]*ebpf.Map, links map[string]link.Link) (*losses, 
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("open program %s: %w", name, err), l.close())
 		}
-		if p.Type() == ebpf.Tracing && name != imansProgImansWriteAccessAgain {
+		if p.Type() == ebpf.Tracing && !standsIn(name) {
 			l.skippable[name] = p
 		} else {
 			p.Close()
@@ -110,24 +110,20 @@ func (l *losses) readCounters() error {
 
 // countSkipped returns how often a program was skipped and no other one stood in for it.
 func (l *losses) countSkipped() (uint64, error) {
-	var skipped uint64
-	for name, p := range l.skippable {
+	var missed uint64
+	for _, p := range l.skippable {
 		stats, err := p.Stats()
 		if err != nil {
 			return 0, fmt.Errorf("read how often a program was skipped: %w", err)
 		}
-		missed := stats.RecursionMisses
-		if name == imansProgImansWriteAccess {
-			var stoodIn uint32
-			if err := l.settings.Lookup(uint32(settingSecondLooks), &stoodIn); err != nil {
-				return 0, fmt.Errorf("read how often a skipped program was stood in for: %w", err)
-			}
-			// Read after the other, so it may be ahead; modulo 2^32, as it is counted.
-			missed = uint64(max(0, int32(uint32(missed)-stoodIn)))
-		}
-		skipped += missed
+		missed += stats.RecursionMisses
 	}
-	return skipped, nil
+	var stoodIn uint32
+	if err := l.settings.Lookup(uint32(settingStandIns), &stoodIn); err != nil {
+		return 0, fmt.Errorf("read how often a skipped program was stood in for: %w", err)
+	}
+	// Read after the others, so it may be ahead; modulo 2^32, as it is counted.
+	return uint64(max(0, int32(uint32(missed)-stoodIn))), nil
 }
 
 // ForgetLosses drops the counters of a namespace that has ended, once they are recorded.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -34,6 +35,12 @@ func Open(o Options) (*Kernel, error) {
 		return nil, err
 	}
 	k := &Kernel{held: held, origin: origin}
+	if origin != Adopted {
+		// While they were attached one after the other some had nobody to stand in for.
+		if err := k.maps[imansMapSettings].Put(uint32(settingStandIns), uint32(0)); err != nil {
+			return nil, errors.Join(fmt.Errorf("set how often a skipped program was stood in for: %w", err), k.Close())
+		}
+	}
 	return k, k.start()
 }
 
@@ -88,13 +95,21 @@ func pinnedMaps() []string {
 	}
 }
 
-// attachedPrograms are in the order in which they are attached: those of namespaces first, as an event's namespace should be known.
+// attachedPrograms are in the order in which they are attached: those of namespaces first, as an event's namespace should be known. Of
+// tracing programs at one function the kernel runs the one first that was attached last (kernel/bpf/trampoline.c), so who stands in for
+// another comes before it.
 func attachedPrograms() []string {
 	return []string{
-		imansProgImansProcFreeInum, imansProgImansCopyMntNs, imansProgImansSwitchTaskNamespaces, imansProgImansIterTask,
-		imansProgImansWriteAccess, imansProgImansWriteAccessAgain, imansProgImansBprmCheckSecurity, imansProgImansMmapFile, imansProgImansFileMprotect,
+		imansProgImansProcFreeInumAgain, imansProgImansProcFreeInum, imansProgImansCopyMntNsAgain, imansProgImansCopyMntNs,
+		imansProgImansSwitchTaskNamespacesAgain, imansProgImansSwitchTaskNamespaces, imansProgImansIterTask,
+		imansProgImansWriteAccessAgain, imansProgImansWriteAccess,
+		imansProgImansBprmCheckSecurity, imansProgImansMmapFile, imansProgImansFileMprotect,
 	}
 }
+
+// standsIn reports whether a program is the second of two at a function, which does what the first would have done where the kernel skipped
+// that (bpf/standin.h).
+func standsIn(program string) bool { return strings.HasSuffix(program, "_again") }
 
 // loadPrograms puts programs into the kernel.
 func loadPrograms(spec *ebpf.CollectionSpec, o Options) (*ebpf.Collection, error) {

@@ -39,9 +39,7 @@ func TestWindowEnd(t *testing.T) {
 			a.cycle(c.cycles, extended)
 			t.Logf("%d cycles in %v", c.cycles, time.Since(began).Round(time.Second))
 			a.asBefore(before, 2<<10)
-			if status, err := a.client().Status(t.Context()); err != nil || len(status.Lost) > 0 {
-				t.Errorf("lost: %v, %v", status.Lost, err)
-			}
+			a.hasNoLosses()
 		})
 	}
 }
