@@ -164,8 +164,9 @@ func (a *agent) containersLeft(before surroundings) string {
 		}
 		left = append(left, found...)
 	}
+	running := sh(a.t, "pgrep -a swtpm || true") // each time, as what the test runs for the first time is measured
 	if now := look(a.t); now.processes > before.processes || now.mounts > before.mounts {
-		left = append(left, fmt.Sprintf("%+v, before %+v: %s", now, before, sh(a.t, "pgrep -a swtpm || true")))
+		left = append(left, fmt.Sprintf("%+v, before %+v: %s", now, before, running))
 	}
 	return strings.Join(left, " ")
 }
