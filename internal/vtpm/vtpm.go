@@ -27,6 +27,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -84,6 +85,9 @@ const controlSuffix = ".ctrl"
 // starting has a token of each instance that is being started. With more at once none would be there sooner, as each takes a processor; but
 // each would answer the kernel later, which gives up on those that are late. Half of the processors are left to the kernel's side and to others.
 var starting = make(chan struct{}, max(1, runtime.NumCPU()/2))
+
+// turn is how long others wait for one that is being started, at most: it may hang.
+const turn = 10 * time.Second
 
 // startTimeout bounds how long a new instance may take until it answers: making its seeds takes a while on a slow machine.
 const startTimeout = 60 * time.Second
@@ -146,7 +150,9 @@ func startServing(ctx context.Context, c Config) (*Instance, error) {
 func startOnce(ctx context.Context, c Config, lock, vtpmx *os.File) (*Instance, error) {
 	select {
 	case starting <- struct{}{}:
-		defer func() { <-starting }()
+		end := sync.OnceFunc(func() { <-starting })
+		defer end()
+		defer time.AfterFunc(turn, end).Stop()
 	case <-ctx.Done():
 		return nil, fmt.Errorf("await the start of other vTPMs: %w", ctx.Err())
 	}
