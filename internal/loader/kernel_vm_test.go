@@ -438,8 +438,11 @@ func TestKernelSkippedProgramIsMadeUpFor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for key, n := range losses {
-		t.Errorf("%d of %v", n, key)
+	missed, _ := stoodInFor(t, k)
+	for key, n := range losses { // now and then both are skipped, and that is told
+		if key != (LossKey{Reason: event.LossProgramSkipped}) || n > missed/20 {
+			t.Errorf("%d of %v, skipped %d times", n, key, missed)
+		}
 	}
 }
 
