@@ -93,7 +93,8 @@ const turn = 10 * time.Second
 const startTimeout = 60 * time.Second
 
 // Start makes the folder, runs an instance in it and waits until it answers. It fails if one was started in that folder before:
-// Adopt or Remove that, or set Config.Restart. Instances that are started at once take turns, one for every two processors. ErrNoProxy: Config.Proxy is set and the machine has no vTPM proxy; nothing was done.
+// Adopt or Remove that, or set Config.Restart. Instances that are started at once take turns, one for every two processors. ErrNoProxy:
+// Config.Proxy is set and the machine has no vTPM proxy; nothing was done.
 func Start(ctx context.Context, c Config) (*Instance, error) {
 	i, err := startServing(ctx, c)
 	if err != nil {

@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"imans.dev/imans-agent/internal/control"
-	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/fault"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
@@ -208,20 +207,6 @@ func (a *agent) list(name string) []*imalog.Entry {
 	}
 	defer body.Close()
 	return readList(a.t, body)
-}
-
-// hasNoLosses checks that the agent tells of none, but for a program that a preemptible kernel skipped.
-func (a *agent) hasNoLosses() bool {
-	a.t.Helper()
-	client := a.client()
-	defer client.Close()
-	s, err := client.Status(a.t.Context())
-	delete(s.Lost, event.LossProgramSkipped.String())
-	if err != nil || len(s.Lost) != 0 {
-		a.t.Errorf("losses %v, %v: %s", s.Lost, err, tail(a.log.String(), 2000))
-		return false
-	}
-	return true
 }
 
 func readList(t *testing.T, r io.Reader) []*imalog.Entry {

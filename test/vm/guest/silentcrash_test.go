@@ -304,6 +304,20 @@ func (c *crashes) checkArchive(b *crashBox) {
 	os.RemoveAll(folder)
 }
 
+// hasNoLosses checks that the agent tells of none, but for a program that a preemptible kernel skipped.
+func (a *agent) hasNoLosses() bool {
+	a.t.Helper()
+	client := a.client()
+	defer client.Close()
+	s, err := client.Status(a.t.Context())
+	delete(s.Lost, event.LossProgramSkipped.String())
+	if err != nil || len(s.Lost) != 0 {
+		a.t.Errorf("losses %v, %v: %s", s.Lost, err, tail(a.log.String(), 2000))
+		return false
+	}
+	return true
+}
+
 // archived waits for the folder of a box that has ended: it is there whole, and once, and nothing else is left of the box. Inode numbers
 // are given again, so which folder is its own is told by what ran in it.
 func (c *crashes) archived(b *crashBox) string {
