@@ -25,7 +25,7 @@ const (
 	RecordAppended
 	// LogWrite: entries are about to be written to a log.
 	LogWrite
-	// LogTorn: half of their bytes are.
+	// LogTorn: all of their bytes but the last are, so that an entry is incomplete however many they are.
 	LogTorn
 	// LogWritten: all of them are, and not synced.
 	LogWritten

@@ -81,7 +81,7 @@ func (l *List) writeOnce(batch []byte, at int64) error {
 	l.writing.Lock()
 	defer l.writing.Unlock()
 	fault.LogWrite.Pass()
-	fault.LogTorn.PassAfter(func() { l.file.WriteAt(batch[:len(batch)/2], at) })
+	fault.LogTorn.PassAfter(func() { l.file.WriteAt(batch[:len(batch)-1], at) })
 	_, err := l.file.WriteAt(batch, at)
 	if err == nil {
 		fault.LogWritten.Pass()
