@@ -146,12 +146,11 @@ func (c *crashes) die(p fault.Point, pass int) {
 	c.a.launch()
 	c.a.fault = ""
 	grants := strings.HasPrefix(p.String(), "grant-")
-	many := grants || strings.HasPrefix(p.String(), "ns-") || strings.HasPrefix(p.String(), "vtpm-") || strings.HasPrefix(p.String(), "file-")
 	for began := time.Now(); ; {
 		c.execute(nil, false)
 		c.execute(c.standing, false)
 		c.execute(nil, true)
-		if many && !c.dead(0) {
+		if !often(p) && !c.dead(0) {
 			c.namespace(grants)
 		}
 		if c.dead(50 * time.Millisecond) {
