@@ -61,21 +61,31 @@ func (g *gates) Open(ns event.MountNS, all bool) error { return g.mark(ns, all, 
 // Renew marks that and nothing else.
 func (g *gates) Renew(ns event.MountNS, all bool) error { return g.mark(ns, all, g.Gates.Renew) }
 
-func (g *gates) mark(ns event.MountNS, all bool, mark func(event.MountNS, *os.File, []gate.FileSystem, bool) error) error {
+func (g *gates) mark(ns event.MountNS, all bool, mark func(owner event.MountNS, its, machine gate.Mounts, all bool) error) error {
 	t, err := container.Process(ns.Inum)
 	if err != nil {
 		return err
 	}
-	root, mounts, err := container.Mounts(t)
+	its, err := mounts(container.Mounts(t))
 	if err != nil {
 		return err
 	}
-	defer root.Close()
-	systems := make([]gate.FileSystem, len(mounts))
-	for i, m := range mounts {
-		systems[i] = gate.FileSystem{Point: m.Point, Type: m.Type}
+	defer its.Root.Close()
+	its.PID = t.PID
+	machine, err := mounts(container.MachineMounts())
+	if err != nil {
+		return err
 	}
-	return mark(ns, root, systems, all)
+	defer machine.Root.Close()
+	return mark(ns, its, machine, all)
+}
+
+func mounts(root *os.File, all []container.Mount, err error) (gate.Mounts, error) {
+	m := gate.Mounts{Root: root, All: make([]gate.Mount, len(all))}
+	for i, one := range all {
+		m.All[i] = gate.Mount(one)
+	}
+	return m, err
 }
 
 // ask has a file measured, and waits until it is in all TPMs concerned. It is hashed here, so that a large file holds up nobody else.

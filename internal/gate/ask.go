@@ -139,7 +139,7 @@ func (g *gate) late(late bool) {
 
 // ignore has the kernel not ask about the inode again until it is changed.
 func (q *question) ignore(fd int32, mask uint64) error {
-	return q.gate.change(unix.FAN_MARK_ADD|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(int(fd)))
+	return q.gate.change(unix.FAN_MARK_ADD|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(fd))
 }
 
 // function is what the open is to rules. What an exec opens after the program is known from the program: a script's interpreter runs, an

@@ -3,7 +3,8 @@
 // A Gate is one fanotify group for one namespace. It marks that namespace's file systems, so that namespaces which are born in it are held
 // up too, from their first program on; the kernel then asks before each open of a program, script or interpreter (FAN_OPEN_EXEC_PERM), and
 // with All before each open (FAN_OPEN_PERM). The question carries a descriptor of the very file. Content that needs no question any more gets
-// an ignore mark, which the kernel drops when the file is changed (fs/notify/fanotify).
+// an ignore mark, which the kernel drops when the file is changed (fs/notify/fanotify). So do the machine's own mounts of the same file systems:
+// what is opened by those is none of the namespace's.
 //
 // # What is promised
 //
@@ -13,7 +14,8 @@
 // # What is not held up
 //
 // Files of file systems that others run (FUSE, network: looking at one could take for ever), memfds, which have no file system that can be
-// marked, and file systems that were mounted since the namespace was last looked at. The hooks see those, and the caller says so in the list.
+// marked, file systems that were mounted since the namespace was last looked at, and what a task of the namespace reaches by one of the machine's
+// mounts, as one does that has a folder of the machine's open. The hooks see those, and the caller says so in the list.
 package gate
 
 import (
@@ -29,6 +31,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/proc"
 )
 
 // Config says what to ask, and how long an answer may take.
@@ -46,10 +49,18 @@ type Config struct {
 	Log     *zap.Logger
 }
 
-// FileSystem is one that a namespace has mounted.
-type FileSystem struct {
-	Point string // where, below the namespace's root
+// Mounts are those of a namespace.
+type Mounts struct {
+	PID  int      // of a process that sees them; 0: the machine's
+	Root *os.File // its root folder, open for its path only
+	All  []Mount
+}
+
+// Mount is one of them.
+type Mount struct {
+	Point string // below the root folder
 	Type  string // as in /proc/filesystems
+	Dev   uint64 // of its file system, one for each
 }
 
 // Asked is a file that a task is held up in opening.
@@ -129,9 +140,9 @@ type gate struct {
 	timeout bool // the last answer came too late
 }
 
-// Open begins to hold up, or changes what is held up, and watches file systems that are new. root is the root folder of the namespace, open
-// for its path only. Errors name the kernel's lack of fanotify, or that none of the file systems can be marked; os.ErrClosed after Shutdown.
-func (g *Gates) Open(owner event.MountNS, root *os.File, systems []FileSystem, all bool) error {
+// Open begins to hold up, or changes what is held up, and watches file systems that are new. Errors name the kernel's lack of fanotify, or that
+// none of the file systems can be marked; os.ErrClosed after Shutdown.
+func (g *Gates) Open(owner event.MountNS, its, machine Mounts, all bool) error {
 	g.mu.Lock()
 	one, ended := g.gates[owner], g.ended
 	g.mu.Unlock()
@@ -157,7 +168,7 @@ func (g *Gates) Open(owner event.MountNS, root *os.File, systems []FileSystem, a
 		g.mu.Unlock()
 	}
 	one.all = all
-	if n, err := one.mark(root, systems); n == 0 {
+	if n, err := one.mark(its, machine); n == 0 {
 		return errors.Join(fmt.Errorf("gate of namespace %v: none of its file systems can be watched: %w", owner, err), g.Close(owner))
 	}
 	return nil
@@ -165,19 +176,19 @@ func (g *Gates) Open(owner event.MountNS, root *os.File, systems []FileSystem, a
 
 // Renew is Open for a namespace that has a gate and may have lost file systems: those are not watched any more. Everything is asked about
 // anew. Nobody slips through meanwhile.
-func (g *Gates) Renew(owner event.MountNS, root *os.File, systems []FileSystem, all bool) error {
+func (g *Gates) Renew(owner event.MountNS, its, machine Mounts, all bool) error {
 	g.mu.Lock()
 	old, ok := g.gates[owner]
 	g.mu.Unlock()
 	if !ok {
-		return g.Open(owner, root, systems, all)
+		return g.Open(owner, its, machine, all)
 	}
 	one, err := g.begin(owner)
 	if err != nil {
 		return err
 	}
 	one.all = all
-	if n, err := one.mark(root, systems); n == 0 {
+	if n, err := one.mark(its, machine); n == 0 {
 		return errors.Join(fmt.Errorf("gate of namespace %v: none of its file systems can be watched: %w", owner, err), g.close(one))
 	}
 	g.mu.Lock()
@@ -227,15 +238,25 @@ var local = map[string]bool{
 }
 
 // mark has the kernel ask about the file systems, and returns how many it now asks about.
-func (g *gate) mark(root *os.File, systems []FileSystem) (int, error) {
+func (g *gate) mark(its, machine Mounts) (int, error) {
 	errs := []error{errors.New("no local file system")}
-	for _, fs := range systems {
-		if !local[fs.Type] {
+	devs := make(map[uint64]bool)
+	for _, m := range its.All {
+		if !local[m.Type] || devs[m.Dev] {
 			continue
 		}
-		if err := g.markOne(root, fs); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", fs.Point, err))
-			g.gates.config.Log.Info("not gated", zap.Stringer("ns", g.owner), zap.String("mount", fs.Point), zap.Error(err))
+		devs[m.Dev] = true
+		if err := g.markOne(its, m); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", m.Point, err))
+			g.gates.config.Log.Info("not gated", zap.Stringer("ns", g.owner), zap.String("mount", m.Point), zap.Error(err))
+		}
+	}
+	for _, m := range machine.All {
+		if !devs[m.Dev] {
+			continue
+		}
+		if err := g.spare(machine, m); err != nil { // asked about, and let through
+			g.gates.config.Log.Debug("the machine's programs are asked about", zap.Stringer("ns", g.owner), zap.String("mount", m.Point), zap.Error(err))
 		}
 	}
 	g.mu.Lock()
@@ -243,28 +264,63 @@ func (g *gate) mark(root *os.File, systems []FileSystem) (int, error) {
 	return len(g.marked), errors.Join(errs...)
 }
 
-func (g *gate) markOne(root *os.File, fs FileSystem) error {
-	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
-	fd, err := unix.Openat2(int(root.Fd()), fs.Point, &how)
+// markOne has the kernel ask about a mount's file system, by whatever mount its files are opened.
+func (g *gate) markOne(its Mounts, m Mount) error {
+	top, dev, err := its.open(m)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return err
-	}
+	defer top.Close()
 	mask := g.mask()
-	if fs.Point == "/dev" || fs.Point == "/proc" || fs.Point == "/sys" {
+	if m.Point == "/dev" || m.Point == "/proc" || m.Point == "/sys" {
 		mask = unix.FAN_OPEN_EXEC_PERM // devices are opened there, and an open has effects
 	}
 	g.mu.Lock() // the first question finds what it is about
 	defer g.mu.Unlock()
-	if err := g.change(unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, mask, selfPath(fd)); err != nil {
+	if err := g.change(unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, mask, selfPath(fdOf(top))); err != nil {
 		return err
 	}
-	g.marked[unix.Major(st.Dev)<<20|unix.Minor(st.Dev)] = fs.Type
+	g.marked[dev] = m.Type
 	return nil
+}
+
+// spare has the kernel not ask about what is opened by a mount of the machine's own, whatever is changed there.
+func (g *gate) spare(machine Mounts, m Mount) error {
+	top, _, err := machine.open(m)
+	if err != nil {
+		return err
+	}
+	defer top.Close()
+	const flags = unix.FAN_MARK_ADD | unix.FAN_MARK_MOUNT | unix.FAN_MARK_IGNORED_MASK | unix.FAN_MARK_IGNORED_SURV_MODIFY
+	return g.change(flags, g.mask(), selfPath(fdOf(top)))
+}
+
+// open opens the top folder of a mount for its path only, and returns its device as dev of event.Content. The way there may lead through a file
+// system that somebody lets hang.
+func (of Mounts) open(m Mount) (*os.File, uint32, error) {
+	type opened struct {
+		file *os.File // closed by its finalizer if it comes too late
+		dev  uint32
+		err  error
+	}
+	o, ok := proc.Ask(of.PID, func() opened {
+		how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
+		fd, err := unix.Openat2(int(fdOf(of.Root)), m.Point, &how)
+		if err != nil {
+			return opened{err: err}
+		}
+		file := os.NewFile(uintptr(fd), m.Point)
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			file.Close()
+			return opened{err: err}
+		}
+		return opened{file, unix.Major(st.Dev)<<20 | unix.Minor(st.Dev), nil}
+	})
+	if !ok {
+		return nil, 0, fmt.Errorf("the way to it hangs: %w", unix.ETIMEDOUT)
+	}
+	return o.file, o.dev, o.err
 }
 
 // change changes the group's marks.
@@ -272,7 +328,7 @@ func (g *gate) change(flags uint, mask uint64, path string) error {
 	return control(g.group, func(fd int) error { return unix.FanotifyMark(fd, flags, mask, unix.AT_FDCWD, path) })
 }
 
-func selfPath(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
+func selfPath(fd int32) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
 
 // Close holds up nobody any more on behalf of the namespace. Who waits goes on. One that has no gate is no error.
 func (g *Gates) Close(owner event.MountNS) error {

@@ -96,6 +96,11 @@ func mount(t *testing.T, c Config) *mounted {
 	return m
 }
 
+// mounts are what the namespace has.
+func (m *mounted) mounts(root *os.File) Mounts {
+	return Mounts{PID: os.Getpid(), Root: root, All: []Mount{{m.dir, m.fsType, 1}, {"/proc", "proc", 2}}}
+}
+
 func (m *mounted) open() {
 	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
@@ -103,7 +108,7 @@ func (m *mounted) open() {
 		return
 	}
 	defer root.Close()
-	if err := m.gates.Open(m.owner, root, []FileSystem{{m.dir, m.fsType}, {"/proc", "proc"}}, m.all); err != nil && !errors.Is(err, os.ErrClosed) {
+	if err := m.gates.Open(m.owner, m.mounts(root), Mounts{}, m.all); err != nil && !errors.Is(err, os.ErrClosed) {
 		m.t.Error(err)
 	}
 }
@@ -365,7 +370,7 @@ func TestRenew(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer root.Close()
-	if err := m.gates.Renew(m.owner, root, []FileSystem{{other, "tmpfs"}}, false); err != nil {
+	if err := m.gates.Renew(m.owner, Mounts{PID: os.Getpid(), Root: root, All: []Mount{{other, "tmpfs", 1}}}, Mounts{}, false); err != nil {
 		t.Fatal(err)
 	}
 	_, ran := m.start("gone")
@@ -381,6 +386,35 @@ func TestRenew(t *testing.T) {
 	}
 }
 
+// What is opened by a mount of the machine's own is not asked about, also after files there were changed; the same file by another mount is.
+func TestSpared(t *testing.T) {
+	m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
+	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	its, other := m.dir, t.TempDir()
+	if err := unix.Mount(its, other, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(other, unix.MNT_DETACH) })
+	machine := Mounts{Root: root, All: []Mount{{other, m.fsType, 1}, {filepath.Join(its, "gone"), m.fsType, 1}, {t.TempDir(), "ext4", 3}}}
+	if err := m.gates.Open(m.owner, m.mounts(root), machine, false); err != nil {
+		t.Fatal(err)
+	}
+	m.dir = other
+	for _, name := range []string{"first", "second"} { // which is a change of the file system
+		_, ran := m.start(name)
+		m.eventually("it runs", func() bool { return exists(ran) })
+	}
+	if n := m.asked.Load(); n != 0 {
+		t.Fatalf("%d questions about the machine's programs", n)
+	}
+	m.run(filepath.Join(its, "first"))
+	m.eventually("it is asked about", func() bool { return m.asked.Load() == 1 })
+}
+
 func TestOpenRefused(t *testing.T) {
 	m := mount(t, Config{Timeout: time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
 	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
@@ -389,7 +423,7 @@ func TestOpenRefused(t *testing.T) {
 	}
 	defer root.Close()
 	other := event.MountNS{Inum: 1, ID: 2}
-	if err := m.gates.Open(other, root, []FileSystem{{"/proc", "proc"}}, false); err == nil {
+	if err := m.gates.Open(other, Mounts{PID: os.Getpid(), Root: root, All: []Mount{{"/proc", "proc", 1}}}, Mounts{}, false); err == nil {
 		t.Error("a gate without a file system")
 	}
 	if m.gates.gates[other] != nil {

@@ -34,7 +34,7 @@ func (q *question) keep(t task, a *Asked) {
 	if g.keeps >= keepMax {
 		return
 	}
-	fd, err := unix.Open(selfPath(int(q.fd)), unix.O_PATH|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(selfPath(q.fd), unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return
 	}
@@ -104,6 +104,6 @@ func (k keptFile) settle() {
 		return // gone, or closed: asked again
 	}
 	if digest.Same(k.file, k.asked.Event) != nil {
-		q.gate.change(unix.FAN_MARK_REMOVE|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(int(fd)))
+		q.gate.change(unix.FAN_MARK_REMOVE|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(fd))
 	}
 }

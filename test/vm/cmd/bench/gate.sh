@@ -10,7 +10,7 @@ rounds=$1 spawns=$2 rest=$3
 . /payload/rounds.sh
 unshare --mount --propagation private sleep infinity &
 space=$!
-inside() { nsenter --target $space --mount --wd=/root -- "$@"; }
+inside() { nsenter --target $space --mount --wdns=/root -- "$@"; }
 
 copies nothing agent gate
 settle "$rest"
