@@ -71,7 +71,7 @@ start takes over where this one stopped; imans-agent unload takes them out.`,
 	f.StringArrayVar(&c.NRI.Namespaces, "nri-namespace", nil, "pod namespace whose containers get a vTPM without asking; may be repeated")
 	f.StringArrayVar(&c.NRI.Labels, "nri-label", nil, "NAME=VALUE of pods whose containers get a vTPM without asking; may be repeated")
 	f.BoolVar(&c.NRI.Required, "nri-required", false, "containers that are to get a vTPM fail without it; else they go on")
-	f.StringVar(&c.Gate.Mode, "gate", "off", "what waits in containers with a vTPM until it is measured and extended: off, exec (programs) or all (what may be mapped, too)")
+	f.StringVar(&c.Gate.Mode, "gate", "exec", "what waits in containers with a vTPM until it is measured and extended: off, exec (programs) or all (what may be mapped, too)")
 	f.DurationVar(&c.Gate.Timeout, "gate-timeout", 5*time.Second, "how long it waits at most; then it is used, and a violation says so")
 	f.BoolVar(&c.Gate.Closed, "gate-closed", false, "what was not measured by then may not be used, and nothing may that needs an answer while the agent is down")
 	f.BoolVar(&c.Protect, "protect", false, "let the kernel refuse who is in a container signals and ptrace to the agent and its vTPMs, and the removal of its pins")
