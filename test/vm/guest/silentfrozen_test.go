@@ -10,8 +10,8 @@ import (
 )
 
 // The machine goes to sleep while programs run, as far as the freezing of all its tasks, and wakes after five seconds: the kernel's own test
-// of that (pm_test). It counts them with a loop, which is over sooner on an emulated processor with Linux 6.1. Devices don't sleep: the virtual machine's file systems (9p) don't outlive that. Nothing is lost, and the registers
-// replay.
+// of that (pm_test). It counts them with a loop, which is over sooner on an emulated processor with Linux 6.1. Devices don't sleep: the virtual
+// machine's file systems (9p) don't outlive that. Nothing is lost, and the registers replay.
 func TestNeverSilentFrozen(t *testing.T) {
 	const successes = "/sys/power/suspend_stats/success" // how often the machine slept
 	sample(t, "6.12")
@@ -33,7 +33,7 @@ func TestNeverSilentFrozen(t *testing.T) {
 	c.execute(c.standing, false)
 	a.catchesUp()
 	t.Logf("%d programs around %v of sleep", len(digests), slept)
-	if readFile(t, successes) == times || len(digests) == 0 {
+	if readFile(t, successes) == times || slept < 4*time.Second && os.Getenv("IMANS_VM_KERNEL") != "6.1" || len(digests) == 0 {
 		t.Errorf("the machine did not sleep: %v, %d programs", slept, len(digests))
 	}
 	a.eachOnce(digests, true)
