@@ -80,6 +80,7 @@ func (g *gates) mark(ns event.MountNS, all bool, mark func(owner event.MountNS, 
 	return mark(ns, its, machine, all)
 }
 
+// mounts makes of what package container returns what package gate takes.
 func mounts(root *os.File, all []container.Mount, err error) (gate.Mounts, error) {
 	m := gate.Mounts{Root: root, All: make([]gate.Mount, len(all))}
 	for i, one := range all {

@@ -21,36 +21,34 @@ func Mounts(t Target) (*os.File, []Mount, error) {
 		return nil, nil, err
 	}
 	defer p.close()
-	return mountsOf(p.host, t.PID, p.root)
+	all, err := readMounts(p.host, fmt.Sprintf("%d/mountinfo", t.PID))
+	if err != nil {
+		return nil, nil, fmt.Errorf("process %d: %w", t.PID, err)
+	}
+	fd, err := unix.Openat(p.root, ".", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("process %d: open its root folder: %w", t.PID, err)
+	}
+	return os.NewFile(uintptr(fd), "root"), exported(all), nil
 }
 
 // MachineMounts returns the same of process 1.
 func MachineMounts() (*os.File, []Mount, error) {
-	root, err := unix.Open("/proc/1/root", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	all, err := readMounts(unix.AT_FDCWD, "/proc/1/mountinfo")
+	if err != nil {
+		return nil, nil, fmt.Errorf("process 1: %w", err)
+	}
+	root, err := os.OpenFile("/proc/1/root", unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("process 1: open its root folder: %w", err)
 	}
-	defer unix.Close(root)
-	host, err := unix.Open("/proc", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, nil, fmt.Errorf("open /proc: %w", err)
-	}
-	defer unix.Close(host)
-	return mountsOf(host, 1, root)
+	return root, exported(all), nil
 }
 
-func mountsOf(proc, pid, root int) (*os.File, []Mount, error) {
-	all, err := readMounts(proc, fmt.Sprintf("%d/mountinfo", pid))
-	if err != nil {
-		return nil, nil, fmt.Errorf("process %d: %w", pid, err)
-	}
+func exported(all []mount) []Mount {
 	mounts := make([]Mount, len(all))
 	for i, m := range all {
 		mounts[i] = Mount{m.point, m.fsType, m.dev}
 	}
-	fd, err := unix.Openat(root, ".", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, nil, fmt.Errorf("process %d: open its root folder: %w", pid, err)
-	}
-	return os.NewFile(uintptr(fd), "root"), mounts, nil
+	return mounts
 }

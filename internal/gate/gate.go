@@ -51,7 +51,7 @@ type Config struct {
 
 // Mounts are those of a namespace.
 type Mounts struct {
-	PID  int      // of a process that sees them; 0: the machine's
+	PID  int      // of a process that sees them, whose fault it is if one hangs; 0: the machine's
 	Root *os.File // its root folder, open for its path only
 	All  []Mount
 }

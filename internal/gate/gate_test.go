@@ -43,6 +43,7 @@ func TestMain(m *testing.M) {
 // mounted is a file system of the test's own, with a gate.
 type mounted struct {
 	t       *testing.T
+	root    *os.File // of this process
 	dir     string
 	fsType  string
 	gates   *Gates
@@ -68,6 +69,10 @@ func mount(t *testing.T, c Config) *mounted {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if m.root, err = os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.root.Close() })
 	m.owner = event.MountNS{Inum: inum, ID: 1}
 	ask := c.Ask
 	c.Ask = func(ctx context.Context, owner event.MountNS, a *Asked) error {
@@ -96,19 +101,13 @@ func mount(t *testing.T, c Config) *mounted {
 	return m
 }
 
-// mounts are what the namespace has.
-func (m *mounted) mounts(root *os.File) Mounts {
-	return Mounts{PID: os.Getpid(), Root: root, All: []Mount{{m.dir, m.fsType, 1}, {"/proc", "proc", 2}}}
+// mounts are some that this process sees.
+func (m *mounted) mounts(all ...Mount) Mounts {
+	return Mounts{PID: os.Getpid(), Root: m.root, All: all}
 }
 
 func (m *mounted) open() {
-	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
-	if err != nil {
-		m.t.Error(err)
-		return
-	}
-	defer root.Close()
-	if err := m.gates.Open(m.owner, m.mounts(root), Mounts{}, m.all); err != nil && !errors.Is(err, os.ErrClosed) {
+	if err := m.gates.Open(m.owner, m.mounts(Mount{m.dir, m.fsType, 1}, Mount{"/proc", "proc", 2}), Mounts{}, m.all); err != nil && !errors.Is(err, os.ErrClosed) {
 		m.t.Error(err)
 	}
 }
@@ -365,12 +364,7 @@ func TestRenew(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Unmount(other, unix.MNT_DETACH) })
-	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer root.Close()
-	if err := m.gates.Renew(m.owner, Mounts{PID: os.Getpid(), Root: root, All: []Mount{{other, "tmpfs", 1}}}, Mounts{}, false); err != nil {
+	if err := m.gates.Renew(m.owner, m.mounts(Mount{other, "tmpfs", 1}), Mounts{}, false); err != nil {
 		t.Fatal(err)
 	}
 	_, ran := m.start("gone")
@@ -389,18 +383,13 @@ func TestRenew(t *testing.T) {
 // What is opened by a mount of the machine's own is not asked about, also after files there were changed; the same file by another mount is.
 func TestSpared(t *testing.T) {
 	m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
-	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer root.Close()
 	its, other := m.dir, t.TempDir()
 	if err := unix.Mount(its, other, "", unix.MS_BIND, ""); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Unmount(other, unix.MNT_DETACH) })
-	machine := Mounts{Root: root, All: []Mount{{other, m.fsType, 1}, {filepath.Join(its, "gone"), m.fsType, 1}, {t.TempDir(), "ext4", 3}}}
-	if err := m.gates.Open(m.owner, m.mounts(root), machine, false); err != nil {
+	machine := m.mounts(Mount{other, m.fsType, 1}, Mount{filepath.Join(its, "gone"), m.fsType, 1}, Mount{t.TempDir(), "ext4", 3})
+	if err := m.gates.Open(m.owner, m.mounts(Mount{its, m.fsType, 1}), machine, false); err != nil {
 		t.Fatal(err)
 	}
 	m.dir = other
@@ -417,13 +406,8 @@ func TestSpared(t *testing.T) {
 
 func TestOpenRefused(t *testing.T) {
 	m := mount(t, Config{Timeout: time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
-	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer root.Close()
 	other := event.MountNS{Inum: 1, ID: 2}
-	if err := m.gates.Open(other, Mounts{PID: os.Getpid(), Root: root, All: []Mount{{"/proc", "proc", 1}}}, Mounts{}, false); err == nil {
+	if err := m.gates.Open(other, m.mounts(Mount{"/proc", "proc", 1}), Mounts{}, false); err == nil {
 		t.Error("a gate without a file system")
 	}
 	if m.gates.gates[other] != nil {
