@@ -23,10 +23,10 @@ static __always_inline bool imans_keeps_time(__u64 magic)
 	       magic == SQUASHFS_MAGIC || magic == EROFS_SUPER_MAGIC_V1;
 }
 
-/* Whether the kernel's IMA, once it has a policy, notices each change of a file before it answers from its cache. */
+/* Whether the kernel's IMA, once it has a policy, notices each change of a file before it answers from its cache. On tmpfs it misses stores to a mapping. */
 static __always_inline bool imans_is_noticed(__u64 magic, __u32 flags)
 {
-	return !(flags & IMANS_OVERLAY) && (imans_keeps_time(magic) || magic == TMPFS_MAGIC);
+	return !(flags & IMANS_OVERLAY) && imans_keeps_time(magic);
 }
 
 /*

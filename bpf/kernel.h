@@ -43,7 +43,6 @@ enum bpf_map_type {
 #define XFS_SUPER_MAGIC 0x58465342
 #define BTRFS_SUPER_MAGIC 0x9123683e
 #define F2FS_SUPER_MAGIC 0xf2f52010
-#define TMPFS_MAGIC 0x01021994
 #define SQUASHFS_MAGIC 0x73717368
 #define EROFS_SUPER_MAGIC_V1 0xe0f5e1e2
 /* include/uapi/asm-generic/mman-common.h */

@@ -38,16 +38,25 @@ const tick = 10 * time.Millisecond
 // Settled reports whether content was at least two ticks old at the given time.
 func Settled(c event.Content, at time.Time) bool { return at.Sub(c.Ctime()) >= 2*tick }
 
-// Versioned reports whether the change time of files of a file system is kept by this kernel itself, so that an unchanged
-// time can mean unchanged content. Network and user-space file systems answer with whatever their server says.
-// Source: include/uapi/linux/magic.h.
+// Local reports whether this kernel itself keeps the files of a file system, so that reading one waits for nobody else. Network and
+// user-space file systems may be in the hands of whoever would like to hold up the reader. Source: include/uapi/linux/magic.h.
+func Local(fsMagic uint64) bool {
+	switch fsMagic {
+	case 0x01021994, // tmpfs
+		0x858458f6: // ramfs
+		return true
+	}
+	return Versioned(fsMagic)
+}
+
+// Versioned reports whether an unchanged change time can mean unchanged content: the file system is Local, and moves the time by each
+// change. tmpfs and ramfs don't: a page that was read through a shared mapping is stored to without the kernel's notice (mm/memory.c,
+// do_shared_fault; they have no page_mkwrite and count no dirty pages).
 func Versioned(fsMagic uint64) bool {
 	switch fsMagic {
 	case 0xef53, // ext2, ext3, ext4
 		0x58465342, // xfs
 		0x9123683e, // btrfs
-		0x01021994, // tmpfs
-		0x858458f6, // ramfs
 		0x73717368, // squashfs
 		0xe0f5e1e2, // erofs
 		0xf2f52010, // f2fs

@@ -148,7 +148,7 @@ func mappingName(ev *event.File) (string, error) {
 // slowLimit bounds how long a file of a file system that others run (FUSE, network) is waited for.
 const slowLimit = 10 * time.Second
 
-// Hash opens the file that the event saw and hashes it, as Open and Sum do. A file system that is not Versioned may be in the hands
+// Hash opens the file that the event saw and hashes it, as Open and Sum do. A file system that is not Local may be in the hands
 // of whoever would like to hold up the agent: it gets ten seconds, then the error is os.ErrDeadlineExceeded.
 func Hash(ev *event.File, root *Root, algos ...ima.HashAlgo) ([]ima.Digest, error) {
 	hash := func() ([]ima.Digest, error) {
@@ -159,7 +159,7 @@ func Hash(ev *event.File, root *Root, algos ...ima.HashAlgo) ([]ima.Digest, erro
 		defer f.Close()
 		return Sum(f, ev, algos...)
 	}
-	if Versioned(ev.RealFS.Magic) {
+	if Local(ev.RealFS.Magic) {
 		return hash()
 	}
 	type result struct {

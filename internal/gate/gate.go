@@ -230,7 +230,7 @@ func (g *gate) mask() uint64 {
 	return unix.FAN_OPEN_EXEC_PERM
 }
 
-// local are the file systems whose files this kernel itself keeps: looking at one waits for nobody. Beside those of digest.Versioned,
+// local are the file systems whose files this kernel itself keeps: looking at one waits for nobody. Beside those of digest.Local,
 // overlayfs, whose layers are mostly such.
 var local = map[string]bool{
 	"overlay": true, "ext2": true, "ext3": true, "ext4": true, "xfs": true, "btrfs": true, "tmpfs": true, "ramfs": true, "rootfs": true,

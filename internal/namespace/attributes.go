@@ -16,7 +16,7 @@ func (l *look) attributes(s *State, template string) *digest.Attributes {
 	if !imalog.ShowsAttributes(template) {
 		return nil
 	}
-	if l.asked || l.file == nil && !digest.Versioned(l.ev.RealFS.Magic) {
+	if l.asked || l.file == nil && !digest.Local(l.ev.RealFS.Magic) {
 		return l.attrs // of a file system that others run it would be their word, and may take their time
 	}
 	l.asked = true

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -50,6 +51,7 @@ func TestNeverSilentContent(t *testing.T) {
 					for i, way := range contentWays {
 						path := fmt.Sprintf("%s/p%d", place.dir, i)
 						makeProgram(t, path)
+						time.Sleep(50 * time.Millisecond) // else its content is too young to be known again
 						want := contentWant{way: way.name, paths: []string{path}}
 						want.run(t, path)
 						a.caughtUp()

@@ -46,6 +46,10 @@ func store(path string, offset int, text string) error {
 	if err != nil {
 		return fmt.Errorf("map %s: %w", path, err)
 	}
+	// Read first: on tmpfs the kernel takes no notice of a store to a page that was.
+	if string(m[offset:offset+len(text)]) == text {
+		return fmt.Errorf("%s has that text at %d already", path, offset)
+	}
 	copy(m[offset:], text)
 	if err := unix.Msync(m, unix.MS_SYNC); err != nil {
 		return fmt.Errorf("sync %s: %w", path, err)
