@@ -21,7 +21,6 @@ import (
 	"imans.dev/imans-agent/internal/confine"
 	"imans.dev/imans-agent/internal/control"
 	"imans.dev/imans-agent/internal/durable"
-	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/feature"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imafs"
@@ -137,11 +136,6 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 	defer func() { err = errors.Join(err, held.Shutdown()) }() // first: who waits must not wait for what has stopped
 	if err := tree.Start(ctx); err != nil {
 		return hint(err, treeConfig.NativeSocket != "")
-	}
-	if kernel.Origin() == loader.Replaced {
-		if err := tree.Loss(ctx, event.LossProgramsReplaced); err != nil {
-			return err
-		}
 	}
 	return serve(ctx, c, parts{kernel, tree, ways, held, protection}, log)
 }

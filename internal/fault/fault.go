@@ -53,6 +53,8 @@ const (
 	FileWritten
 	// FileReplaced: it has, and its folder is not synced.
 	FileReplaced
+	// KernelSideTold: the lists say that the kernel side is another than they know, and the next agent does not know that they do.
+	KernelSideTold
 	// NamespaceBorn: a namespace is in the tree, and the kernel side does not know its policy.
 	NamespaceBorn
 	// NamespaceFolder: it has a folder, with nothing in it.
@@ -103,7 +105,7 @@ var names = [...]string{
 	Extend: "extend", Extended: "extend-done", ExtendNoted: "extend-noted",
 	RecordLogged: "record-logged", RecordMarked: "record-marked", RecordCommitted: "record-committed",
 	ListCut: "list-cut", ListRecovered: "list-recovered", FileWritten: "file-written", FileReplaced: "file-replaced",
-	NamespaceBorn: "ns-born", NamespaceFolder: "ns-folder", NamespaceRecorded: "ns-recorded",
+	KernelSideTold: "kernel-side-told", NamespaceBorn: "ns-born", NamespaceFolder: "ns-folder", NamespaceRecorded: "ns-recorded",
 	VTPMFolder: "vtpm-folder", VTPMStarted: "vtpm-started", VTPMServing: "vtpm-serving", VTPMRecorded: "vtpm-recorded",
 	GrantAsked: "grant-asked", GrantMade: "grant-made", GrantTaken: "grant-taken",
 	GrantAttached: "grant-attached", GrantTold: "grant-told", GrantAnchored: "grant-anchored",

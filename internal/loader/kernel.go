@@ -11,6 +11,7 @@ package loader
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -52,6 +53,10 @@ type Kernel struct {
 
 // Origin tells how Open came by the programs.
 func (k *Kernel) Origin() Origin { return k.origin }
+
+// ID returns what tells this set of programs and maps from any other: an agent that finds another than the one before it did knows that
+// something may have run unseen.
+func (k *Kernel) ID() string { return hex.EncodeToString(k.id[:]) }
 
 // Next returns the next record's bytes, or nil if there is none now. They are valid until Commit.
 func (k *Kernel) Next() []byte { return k.ring.next() }

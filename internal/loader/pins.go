@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -12,7 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The pin folder: one file a map and a link, and the build, which is pinned last and so says that the set is whole.
+// The pin folder: one file a map and a link, and the build, which is pinned last and so says that the set is whole. It has two values: the
+// build, and the set's own id.
 const (
 	mapPrefix  = "map_"
 	linkPrefix = "link_"
@@ -35,11 +37,12 @@ type pins struct {
 
 // held is what this process has open of a set.
 type held struct {
+	id    [sha256.Size]byte // that no other set has
 	maps  map[string]*ebpf.Map
 	links map[string]link.Link
 }
 
-func newHeld() held { return held{map[string]*ebpf.Map{}, map[string]link.Link{}} }
+func newHeld() held { return held{maps: map[string]*ebpf.Map{}, links: map[string]link.Link{}} }
 
 func (h held) close() error {
 	var errs []error
@@ -97,10 +100,10 @@ func (p pins) adopt(spec *ebpf.CollectionSpec) (_ held, err error) {
 	if entries, err := os.ReadDir(p.dir); err == nil && len(entries) == 0 {
 		return held{}, os.ErrNotExist
 	}
-	if err := p.check(); err != nil {
+	h := newHeld()
+	if h.id, err = p.check(); err != nil {
 		return held{}, err
 	}
-	h := newHeld()
 	defer func() {
 		if err != nil {
 			h.close()
@@ -129,21 +132,24 @@ func (p pins) adopt(spec *ebpf.CollectionSpec) (_ held, err error) {
 	return h, nil
 }
 
-// check compares the pinned build with ours.
-func (p pins) check() error {
+// check compares the pinned build with ours, and returns the set's id.
+func (p pins) check() (id [sha256.Size]byte, err error) {
 	m, err := ebpf.LoadPinnedMap(filepath.Join(p.dir, buildPin), nil)
 	if err != nil {
-		return fmt.Errorf("the pinned set is incomplete: %v", err)
+		return id, fmt.Errorf("the pinned set is incomplete: %v", err)
 	}
 	defer m.Close()
 	var pinned [sha256.Size]byte
 	if err := m.Lookup(uint32(0), &pinned); err != nil {
-		return fmt.Errorf("read the pinned build: %w", err)
+		return id, fmt.Errorf("read the pinned build: %v", err)
 	}
 	if pinned != p.build {
-		return errors.New("the pinned set is of another build")
+		return id, errors.New("the pinned set is of another build")
 	}
-	return nil
+	if err := m.Lookup(uint32(1), &id); err != nil {
+		return id, fmt.Errorf("read the pinned set's id: %v", err)
+	}
+	return id, nil
 }
 
 // checkLink makes sure that a pin is the link that it is named for.
@@ -197,7 +203,8 @@ func (p pins) pin(collection *ebpf.Collection) (_ held, err error) {
 			return held{}, fmt.Errorf("pin link %s: %w", name, err)
 		}
 	}
-	return h, p.commit()
+	rand.Read(h.id[:])
+	return h, p.commit(h.id)
 }
 
 func attach(p *ebpf.Program) (link.Link, error) {
@@ -215,10 +222,10 @@ func attach(p *ebpf.Program) (link.Link, error) {
 }
 
 // commit pins the build: before it a crash leaves a set that the next open replaces, after it one that it adopts.
-func (p pins) commit() error {
+func (p pins) commit(id [sha256.Size]byte) error {
 	m, err := ebpf.NewMap(&ebpf.MapSpec{
-		Name: "imans_build", Type: ebpf.Array, KeySize: 4, ValueSize: sha256.Size, MaxEntries: 1,
-		Contents: []ebpf.MapKV{{Key: uint32(0), Value: p.build}},
+		Name: "imans_build", Type: ebpf.Array, KeySize: 4, ValueSize: sha256.Size, MaxEntries: 2,
+		Contents: []ebpf.MapKV{{Key: uint32(0), Value: p.build}, {Key: uint32(1), Value: id}},
 	})
 	if err != nil {
 		return fmt.Errorf("make build map: %w", err)

@@ -41,7 +41,8 @@ func parseLossName(name string) (key loader.LossKey, count uint64, ok bool) {
 	return key, 0, false
 }
 
-// readRecordedLosses adds up what the native list tells of lost events, so that none is told twice after a restart.
+// readRecordedLosses adds up what the native list tells of lost events since the kernel side is the one that it is, so that none is told twice
+// after a restart.
 func (t *Tree) readRecordedLosses(list *measure.List) error {
 	r, _, err := list.Reader(0)
 	if err != nil {
@@ -54,7 +55,12 @@ func (t *Tree) readRecordedLosses(list *measure.List) error {
 		} else if err != nil {
 			return err
 		}
-		if key, n, ok := parseLossName(e.Name()); ok && e.Violation() {
+		key, n, ok := parseLossName(e.Name())
+		switch {
+		case !ok || !e.Violation():
+		case key.Reason == event.LossProgramsReplaced:
+			clear(t.recorded) // with it the counters began anew
+		default:
 			t.recorded[key] += n
 		}
 	}
@@ -114,7 +120,7 @@ func (t *Tree) forgetLosses(key loader.LossKey) error {
 	return nil
 }
 
-// Loss records that an event of the agent's own side could not be measured, in the native list.
+// Loss records that an event could not be measured by the agent's own fault, in the native list.
 func (t *Tree) Loss(ctx context.Context, reason event.Loss) error {
 	return t.native.recordLoss(ctx, lossName(reason, t.native.ns, 1), reason)
 }
@@ -123,21 +129,27 @@ func (t *Tree) Loss(ctx context.Context, reason event.Loss) error {
 // between the loss is told again, never forgotten.
 func (s *State) recordLoss(ctx context.Context, name string, reason event.Loss) error {
 	for n := s; n != nil; n = n.parent {
-		if n.ended || !n.active {
-			continue
+		if err := n.recordOwnLoss(ctx, name, reason); err != nil {
+			return err
 		}
-		err := n.open(ctx)
-		if err == nil {
-			err = n.appendViolation(name, reason)
-		}
-		if err == nil {
-			err = n.list.Barrier(ctx)
-		}
-		if err != nil {
-			if err := n.giveUp(ctx, err); err != nil {
-				return err
-			}
-		}
+	}
+	return nil
+}
+
+// recordOwnLoss appends a violation to the namespace's own list, if it is active, and waits until it is logged.
+func (s *State) recordOwnLoss(ctx context.Context, name string, reason event.Loss) error {
+	if s.ended || !s.active {
+		return nil
+	}
+	err := s.open(ctx)
+	if err == nil {
+		err = s.appendViolation(name, reason)
+	}
+	if err == nil {
+		err = s.list.Barrier(ctx)
+	}
+	if err != nil {
+		return s.giveUp(ctx, err)
 	}
 	return nil
 }

@@ -72,7 +72,7 @@ type Tree struct {
 	inodes   *inodes
 	trimmed  time.Time // when held inodes were last looked through
 	restored uint64    // calls of RestoreLogs
-	again    bool      // the kernel side is an earlier agent's: its records may come again
+	again    bool      // the kernel side is an earlier agent's, which knew it: its records may come again
 	bootAt   time.Time // the wall clock's reading at boot, by today's clock
 
 	mu         sync.Mutex // guards what follows, and each State's fields that say so
@@ -115,7 +115,11 @@ func New(c Config) *Tree {
 // Start fills the tree: the native namespace, which is that of process 1; those whose state an earlier agent of this boot left;
 // those that the kernel side knows. Parents are the kernel side's, else what process ancestry tells, else the native one.
 func (t *Tree) Start(ctx context.Context) error {
-	t.again = t.config.Kernel.Origin() == loader.Adopted
+	side, err := t.lookAtKernelSide()
+	if err != nil {
+		return err
+	}
+	t.again = side.same
 	tasks, err := t.config.Kernel.Tasks()
 	if err != nil {
 		return err
@@ -166,6 +170,9 @@ func (t *Tree) Start(ctx context.Context) error {
 				}
 			}
 		}
+	}
+	if err := t.toldOf(ctx, side, left); err != nil {
+		return err
 	}
 	go t.latencies.run(t.ending) // ends with Close
 	return t.publish(t.native)
