@@ -125,10 +125,7 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 	treeConfig.Kernel = kernel
 	ways := reach.New(log.Named("containers"))
 	treeConfig.OpenTPM = ways.Open
-	held, err := newGates(c, log.Named("gate"))
-	if err != nil {
-		return err
-	}
+	held := newGates(c, log.Named("gate"))
 	treeConfig.Gates = held
 	tree := namespace.New(treeConfig)
 	held.tree = tree

@@ -45,14 +45,13 @@ type gates struct {
 }
 
 // newGates makes gates for a tree that is set with set before the first is opened.
-func newGates(c Config, log *zap.Logger) (*gates, error) {
+func newGates(c Config, log *zap.Logger) *gates {
 	g := &gates{log: log}
-	var err error
-	g.Gates, err = gate.New(gate.Config{
+	g.Gates = gate.New(gate.Config{
 		Ask: g.ask, Below: func(owner event.MountNS, inum uint32) (bool, bool) { return g.tree.Below(owner, inum) },
 		Missed: g.missed, Dropped: g.dropped, Timeout: c.Gate.Timeout, Closed: c.Gate.Closed, Log: log,
 	}, []string{GuardCommand}, guardFile(c.RunDir))
-	return g, err
+	return g
 }
 
 // Open marks what the namespace has mounted.
@@ -93,7 +92,7 @@ func mounts(root *os.File, all []container.Mount, err error) (gate.Mounts, error
 func (g *gates) ask(ctx context.Context, owner event.MountNS, a *gate.Asked) error {
 	q := namespace.Question{Owner: owner, Inum: a.Inum, Event: a.Event, File: a.File, Digests: make(map[ima.HashAlgo]ima.Digest)}
 	algos := g.tree.AskAlgos(a.Inum)
-	sums, err := digest.Sum(a.File, a.Event, algos...)
+	sums, err := digest.Sum(ctx, a.File, a.Event, algos...)
 	if err != nil {
 		return err
 	}
@@ -101,8 +100,11 @@ func (g *gates) ask(ctx context.Context, owner event.MountNS, a *gate.Asked) err
 		q.Digests[algo] = sums[i]
 	}
 	var waiting namespace.Waiting
-	err = g.pump.do(ctx, func(ctx context.Context) (err error) {
-		waiting, err = g.tree.Ask(ctx, q)
+	err = g.pump.do(ctx, func(whole context.Context) (err error) {
+		if err := ctx.Err(); err != nil {
+			return err // the file is used by now: an entry would hide from the hook that it was not measured before
+		}
+		waiting, err = g.tree.Ask(whole, q)
 		return err
 	})
 	if errors.Is(err, namespace.ErrNotBelow) {
@@ -114,16 +116,11 @@ func (g *gates) ask(ctx context.Context, owner event.MountNS, a *gate.Asked) err
 	return waiting.Extended(ctx)
 }
 
-// missedTimeout bounds how long a violation waits for the agent to be able to record it.
-const missedTimeout = time.Minute
-
 // missed records that a file is used before it was measured. Nobody waits for it: the open was held up long enough.
 func (g *gates) missed(owner event.MountNS, a *gate.Asked) {
 	name := a.Event.Path
-	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), missedTimeout)
-		defer cancel()
-		if err := g.pump.do(ctx, func(ctx context.Context) error { return g.tree.Missed(ctx, owner, name) }); err != nil {
+	go func() { // ends with the violation, however long the lists are behind, or the agent
+		if err := g.pump.do(context.Background(), func(ctx context.Context) error { return g.tree.Missed(ctx, owner, name) }); err != nil {
 			g.log.Error("a violation is not recorded", zap.Stringer("ns", owner), zap.String("file", name), zap.Error(err))
 		}
 	}()

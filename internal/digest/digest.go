@@ -13,6 +13,7 @@
 package digest
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"hash"
@@ -68,8 +69,9 @@ func Versioned(fsMagic uint64) bool {
 }
 
 // Sum hashes the open file in each algorithm by one pass. It fails with ErrChanged unless the file is the content that the
-// event saw, before and after.
-func Sum(f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error) {
+// event saw, before and after, and with ctx's cause once that has ended. A file that is not Local may be in the hands of whoever would like to
+// hold up the caller, and the way to any file, too: what ctx does not end is a system call that does not come back.
+func Sum(ctx context.Context, f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error) {
 	if err := Same(f, ev); err != nil {
 		return nil, err
 	}
@@ -81,7 +83,7 @@ func Sum(f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error
 		}
 		hashes[i] = h.New()
 	}
-	total, err := read(f, ev.Content.Size, hashes)
+	total, err := read(ctx, f, ev.Content.Size, Versioned(ev.RealFS.Magic), hashes)
 	if err != nil {
 		return nil, fmt.Errorf("hash %s: %w", f.Name(), err)
 	}

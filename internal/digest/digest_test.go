@@ -2,6 +2,7 @@ package digest
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/sha512"
@@ -49,7 +50,7 @@ func TestSumSeveralAlgorithmsInOneRead(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		sums, err := Sum(f, ev, ima.SHA256, ima.SHA512)
+		sums, err := Sum(t.Context(), f, ev, ima.SHA256, ima.SHA512)
 		f.Close()
 		if err != nil {
 			t.Fatal(err)
@@ -123,7 +124,7 @@ func TestSumNoticesChangeAfterOpen(t *testing.T) {
 	defer f.Close()
 	time.Sleep(2 * tick)
 	writeFile(t, path, []byte("another"))
-	if _, err := Sum(f, ev, ima.SHA256); !errors.Is(err, ErrChanged) {
+	if _, err := Sum(t.Context(), f, ev, ima.SHA256); !errors.Is(err, ErrChanged) {
 		t.Errorf("Sum: %v, want %v", err, ErrChanged)
 	}
 }
@@ -199,11 +200,12 @@ func TestSumMapped(t *testing.T) {
 	for _, size := range []int{mapFrom - 1, mapFrom, mapFrom + 1, len(content)} {
 		writeFile(t, path, content[:size])
 		ev := eventOf(t, path)
+		ev.RealFS.Magic = 0xef53 // mapped only where that is known to be well
 		f, err := os.Open(path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		sums, err := Sum(f, ev, ima.SHA256, ima.SHA1)
+		sums, err := Sum(t.Context(), f, ev, ima.SHA256, ima.SHA1)
 		f.Close()
 		if err != nil {
 			t.Fatal(err)
@@ -247,11 +249,62 @@ func TestMappedFileCut(t *testing.T) {
 			t.Errorf("cut to %d bytes: no error", to)
 		}
 		h := sha256.New()
-		n, err := read(f, mapFrom, []hash.Hash{h})
+		n, err := read(t.Context(), f, mapFrom, true, []hash.Hash{h})
 		want := sha256.Sum256(make([]byte, to))
 		if err != nil || n != uint64(to) || !bytes.Equal(h.Sum(nil), want[:]) {
 			t.Errorf("cut to %d bytes: read %d bytes, %v", to, n, err)
 		}
 		f.Close()
+	}
+}
+
+// What takes too long is broken off, mapped or read.
+func TestSumEnds(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "long")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, 1<<40); err != nil {
+		t.Skip(err) // this file system has no such files
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, magic := range []uint64{0xef53, 0x01021994} {
+		ev := eventOf(t, path)
+		ev.RealFS.Magic = magic
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 50*time.Millisecond, os.ErrDeadlineExceeded)
+		if _, err := Sum(ctx, f, ev, ima.SHA256); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%#x: %v, want %v", magic, err, os.ErrDeadlineExceeded)
+		}
+		cancel()
+	}
+}
+
+// The holes of a file on tmpfs are read without taking memory.
+func TestHolesTakeNoMemory(t *testing.T) {
+	f, err := os.CreateTemp("/dev/shm", "holes")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	var fs unix.Statfs_t
+	if err := unix.Statfs(f.Name(), &fs); err != nil || fs.Type != unix.TMPFS_MAGIC {
+		t.Skipf("/dev/shm is no tmpfs: %v", err)
+	}
+	if err := f.Truncate(2 * mapFrom); err != nil {
+		t.Fatal(err)
+	}
+	ev := eventOf(t, f.Name())
+	ev.RealFS.Magic = uint64(fs.Type)
+	if _, err := Sum(t.Context(), f, ev, ima.SHA256); err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(f.Name(), &st); err != nil || st.Blocks != 0 {
+		t.Errorf("%d blocks, %v", st.Blocks, err)
 	}
 }

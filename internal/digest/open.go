@@ -1,6 +1,7 @@
 package digest
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -145,36 +146,12 @@ func mappingName(ev *event.File) (string, error) {
 	return "", errors.New("the mapping is gone")
 }
 
-// slowLimit bounds how long a file of a file system that others run (FUSE, network) is waited for.
-const slowLimit = 10 * time.Second
-
-// Hash opens the file that the event saw and hashes it, as Open and Sum do. A file system that is not Local may be in the hands
-// of whoever would like to hold up the agent: it gets ten seconds, then the error is os.ErrDeadlineExceeded.
-func Hash(ev *event.File, root *Root, algos ...ima.HashAlgo) ([]ima.Digest, error) {
-	hash := func() ([]ima.Digest, error) {
-		f, err := Open(ev, root)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		return Sum(f, ev, algos...)
+// Hash opens the file that the event saw and hashes it, as Open and Sum do.
+func Hash(ctx context.Context, ev *event.File, root *Root, algos ...ima.HashAlgo) ([]ima.Digest, error) {
+	f, err := Open(ev, root)
+	if err != nil {
+		return nil, err
 	}
-	if Local(ev.RealFS.Magic) {
-		return hash()
-	}
-	type result struct {
-		sums []ima.Digest
-		err  error
-	}
-	done := make(chan result, 1)
-	go func() { // ends when the file system answers, or with it
-		sums, err := hash()
-		done <- result{sums, err}
-	}()
-	select {
-	case r := <-done:
-		return r.sums, r.err
-	case <-time.After(slowLimit):
-		return nil, fmt.Errorf("hash %q: %w: its file system does not answer", ev.Path, os.ErrDeadlineExceeded)
-	}
+	defer f.Close()
+	return Sum(ctx, f, ev, algos...)
 }

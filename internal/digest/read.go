@@ -1,6 +1,7 @@
 package digest
 
 import (
+	"context"
 	"errors"
 	"hash"
 	"io"
@@ -27,16 +28,19 @@ const (
 var errFault = errors.New("fault in mapped content")
 
 // read writes the file's content to each hash and returns its length. Where mapping does not work or breaks off, reading does
-// or says why not.
-func read(f *os.File, size uint64, hashes []hash.Hash) (uint64, error) {
+// or says why not. A file whose holes would take memory if they were mapped (tmpfs) must not be.
+func read(ctx context.Context, f *os.File, size uint64, mayMap bool, hashes []hash.Hash) (uint64, error) {
 	writers := make([]io.Writer, len(hashes))
 	for i, h := range hashes {
 		writers[i] = h
 	}
-	w := io.MultiWriter(writers...)
-	if size >= mapFrom {
+	w := untilDone{ctx, io.MultiWriter(writers...)}
+	if mayMap && size >= mapFrom {
 		if readMapped(f, size, w) == nil {
 			return size, nil
+		}
+		if ctx.Err() != nil {
+			return 0, context.Cause(ctx)
 		}
 		for _, h := range hashes {
 			h.Reset()
@@ -44,6 +48,20 @@ func read(f *os.File, size uint64, hashes []hash.Hash) (uint64, error) {
 	}
 	n, err := io.CopyBuffer(w, io.NewSectionReader(f, 0, math.MaxInt64), make([]byte, max(min(size+1, readSize), 512)))
 	return uint64(n), err
+}
+
+// untilDone is a writer that refuses once its context has ended, with the cause.
+type untilDone struct {
+	ctx context.Context
+	io.Writer
+}
+
+// Write writes, or refuses.
+func (w untilDone) Write(b []byte) (int, error) {
+	if w.ctx.Err() != nil {
+		return 0, context.Cause(w.ctx)
+	}
+	return w.Writer.Write(b)
 }
 
 // readMapped writes size bytes of the file out of its page cache. After an error the writer may have got any part of them.

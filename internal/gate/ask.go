@@ -3,6 +3,7 @@ package gate
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"os"
 	"time"
 
@@ -26,6 +27,12 @@ func (g *Gates) takes(name event.MountNS, task uint32, number int32, exec bool, 
 		return
 	}
 	g.asked.Add(1)
+	if file == nil {
+		defer g.answers.Done()
+		g.config.Log.Error("not measured before its use: its descriptor did not come", zap.Stringer("ns", one.owner), zap.Bool("denied", g.config.Closed))
+		one.respond(number, !g.config.Closed)
+		return
+	}
 	one.mu.Lock()
 	one.oldest[number] = time.Now()
 	one.mu.Unlock()
@@ -56,23 +63,74 @@ type question struct {
 	exec   bool // to be run; else opened for whatever purpose
 }
 
-// answer lets the open go on, or not. By then the file is not open for reading here any more: that would make it one in use.
+// answer lets the open go on, or not.
 func (q *question) answer() {
-	allow := q.decide()
-	q.file.Close()
+	allow := q.verdict()
 	q.gate.mu.Lock()
 	delete(q.gate.oldest, q.number)
 	q.gate.mu.Unlock()
-	written := control(q.gate.group, func(fd int) error { return respond(fd, q.number, allow) })
-	// ENOENT: the task was killed, or the guard has answered. The end of the gate: the kernel has.
-	if written != nil && !errors.Is(written, unix.ENOENT) && q.gate.ctx.Err() == nil {
-		q.gate.gates.config.Log.Error("answer", zap.Stringer("ns", q.gate.owner), zap.Error(written))
-	}
-	q.gate.gates.guard.answered(q.number)
+	q.gate.respond(q.number, allow)
 }
 
-// decide returns whether the open may go on.
-func (q *question) decide() bool {
+// respond answers a question, and tells the guard.
+func (g *gate) respond(number int32, allow bool) {
+	written := control(g.group, func(fd int) error { return respond(fd, number, allow) })
+	// ENOENT: the task was killed, or the guard has answered. The end of the gate: the kernel has.
+	if written != nil && !errors.Is(written, unix.ENOENT) && g.ctx.Err() == nil {
+		g.gates.config.Log.Error("answer", zap.Stringer("ns", g.owner), zap.Error(written))
+	}
+	g.gates.guard.answered(number)
+}
+
+const (
+	// behindMax is how many looks at files may hang for one gate, a thread each. With more, nothing is looked at.
+	behindMax = 16
+	// grace is how long an answer may take that knows of its deadline.
+	grace = 500 * time.Millisecond
+)
+
+// verdict returns whether the open may go on. The file, or the way to it, may be of a file system that somebody lets hang: a look that does is
+// left behind. In the end the file is not open for reading here any more, but for such a look: that would make it one in use.
+func (q *question) verdict() bool {
+	g, c, patience := q.gate, q.gate.gates.config, q.gate.patience()
+	g.mu.Lock()
+	hangs := g.behind >= behindMax
+	g.mu.Unlock()
+	if hangs {
+		q.file.Close()
+		c.Log.Warn("not measured before its use: too many looks at files hang", zap.Stringer("ns", g.owner), zap.Bool("denied", c.Closed))
+		return !c.Closed
+	}
+	ctx, cancel := context.WithTimeout(g.ctx, patience)
+	done := make(chan bool, 1)
+	go func() {
+		defer cancel()
+		allow := q.decide(ctx)
+		q.file.Close()
+		done <- allow
+	}()
+	timeout := time.NewTimer(patience + grace)
+	defer timeout.Stop()
+	select {
+	case allow := <-done:
+		return allow
+	case <-timeout.C:
+	}
+	g.mu.Lock()
+	g.behind++
+	g.mu.Unlock()
+	go func() {
+		<-done
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.behind--
+	}()
+	c.Log.Warn("not measured before its use: looking at the file hangs", zap.Stringer("ns", g.owner), zap.Uint32("task", q.task), zap.Bool("denied", c.Closed))
+	return !c.Closed
+}
+
+// decide returns whether the open may go on. It may hang, but does nothing after ctx has ended that would hide that from the hook.
+func (q *question) decide(ctx context.Context) bool {
 	g, c := q.gate, q.gate.gates.config
 	if !q.exec {
 		if elf, err := isELF(q.file); err != nil || !elf {
@@ -81,8 +139,12 @@ func (q *question) decide() bool {
 		}
 	}
 	t, err := readTask(q.task)
-	if err != nil {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 		return true // it has been killed
+	}
+	if err != nil {
+		c.Log.Warn("not measured before its use", zap.Stringer("ns", g.owner), zap.Uint32("task", q.task), zap.Bool("denied", c.Closed), zap.Error(err))
+		return !c.Closed
 	}
 	below, known := c.Below(g.owner, t.inum)
 	if known && !below {
@@ -90,13 +152,14 @@ func (q *question) decide() bool {
 	}
 	a, err := q.describe(t)
 	if err == nil {
-		ctx, cancel := context.WithTimeout(g.ctx, g.patience())
 		err = c.Ask(ctx, g.owner, a)
-		cancel()
 		g.late(errors.Is(err, context.DeadlineExceeded))
 	}
-	if errors.Is(err, ErrNotConcerned) || g.ctx.Err() != nil {
+	if errors.Is(err, ErrNotConcerned) {
 		return true
+	}
+	if g.ctx.Err() != nil {
+		return !c.Closed || !g.gates.haveEnded() // a gate that was taken away holds up nobody
 	}
 	if err != nil {
 		c.Log.Warn("not measured before its use", zap.Stringer("ns", g.owner), zap.String("file", q.path(a)), zap.Bool("denied", c.Closed), zap.Error(err))

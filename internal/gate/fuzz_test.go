@@ -65,7 +65,7 @@ func FuzzHeard(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer unix.Close(null)
-		w := &watch{conn: -1, null: null, groups: make(map[event.MountNS]int), waiting: make(map[int32]int)}
+		w := &watch{conn: -1, null: null, groups: make(map[event.MountNS]*group), waiting: make(map[int32]*group)}
 		before := descriptors(t)
 		for len(messages) > 0 {
 			n := min(int(messages[0]), len(messages)-1, messageSize)
@@ -86,8 +86,8 @@ func FuzzHeard(f *testing.F) {
 				t.Fatalf("%q: %v", message, err)
 			}
 		}
-		for _, fd := range w.groups {
-			unix.Close(fd)
+		for _, g := range w.groups {
+			g.close()
 		}
 		if after := descriptors(t); after != before {
 			t.Fatalf("%d descriptors are open, %d were before", after, before)

@@ -8,7 +8,8 @@
 //
 // # What is promised
 //
-// Every question is answered: within Config.Timeout, and if this process hangs by its guard, a process that takes the questions (Guard).
+// Every question is answered: within Config.Timeout, also where looking at the file hangs, and if this process hangs by its guard, a process
+// that takes the questions (Guard).
 // The agent's own opens and those of its descendants the guard lets through, so what the answer takes never waits for an answer.
 //
 // # What is not held up
@@ -22,7 +23,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -73,7 +76,6 @@ type Asked struct {
 // Gates are all gates of the agent.
 type Gates struct {
 	config Config
-	names  *names
 	guard  *guard
 
 	asked   atomic.Uint64
@@ -90,15 +92,11 @@ type Gates struct {
 
 // New makes gates that hold up nobody yet, and their guard, which is this program with the arguments given. stateFile is where the guard is
 // known by to the next agent.
-func New(c Config, guardArgs []string, stateFile string) (*Gates, error) {
-	names, err := newNames()
-	if err != nil {
-		return nil, fmt.Errorf("gate: %w", err)
-	}
-	g := &Gates{config: c, names: names, gates: make(map[event.MountNS]*gate), named: make(map[event.MountNS]*gate), kept: make(map[uint32][]keptFile)}
+func New(c Config, guardArgs []string, stateFile string) *Gates {
+	g := &Gates{config: c, gates: make(map[event.MountNS]*gate), named: make(map[event.MountNS]*gate), kept: make(map[uint32][]keptFile)}
 	g.guard = newGuard(c, guardArgs, stateFile)
 	g.guard.dropped, g.guard.asked, g.guard.oldest = func() { c.Dropped() }, g.takes, g.oldest
-	return g, nil
+	return g
 }
 
 // Ready is called when all gates that an earlier agent had are open again: what its guard holds closed is let go.
@@ -133,11 +131,14 @@ type gate struct {
 	ctx   context.Context // ends with the gate
 	end   context.CancelFunc
 
-	mu      sync.Mutex
-	dynamic map[uint32]bool   // tasks that were asked about a program which names an ELF interpreter: the same exec opens that next
-	marked  map[uint32]string // of a device, as dev of event.Content, its file system's type
-	oldest  map[int32]time.Time
-	timeout bool // the last answer came too late
+	mu       sync.Mutex
+	dynamic  map[uint32]bool   // tasks that were asked about a program which names an ELF interpreter: the same exec opens that next
+	marked   map[uint32]string // of a device, as dev of event.Content, its file system's type
+	oldest   map[int32]time.Time
+	timeout  bool // the last answer came too late
+	behind   int  // looks at files that hang
+	settling int
+	flushes  atomic.Uint64
 }
 
 // Open begins to hold up, or changes what is held up, and watches file systems that are new. Errors name the kernel's lack of fanotify, or that
@@ -153,10 +154,7 @@ func (g *Gates) Open(owner event.MountNS, its, machine Mounts, all bool) error {
 		return fmt.Errorf("gate of namespace %v: %w", owner, err)
 	}
 	if one != nil && one.all && !all {
-		if err := g.Close(owner); err != nil {
-			return err
-		}
-		one = nil
+		return g.Renew(owner, its, machine, all)
 	}
 	if one == nil {
 		var err error
@@ -194,7 +192,22 @@ func (g *Gates) Renew(owner event.MountNS, its, machine Mounts, all bool) error 
 	g.mu.Lock()
 	g.gates[owner] = one
 	g.mu.Unlock()
-	return g.close(old)
+	return g.retire(old)
+}
+
+// retire has a group ask nothing more, and closes it when what it has asked is answered: who waits goes on waiting for that.
+func (g *Gates) retire(old *gate) error {
+	if err := control(old.group, unmark); err != nil {
+		return errors.Join(fmt.Errorf("gate of namespace %v: take marks off: %w", old.owner, err), g.close(old))
+	}
+	go func() { // ends with the gate
+		select {
+		case <-old.ctx.Done():
+		case <-time.After(g.config.Timeout + hangAfter):
+			g.close(old)
+		}
+	}()
+	return nil
 }
 
 // begin makes a group without marks, whose questions the guard takes.
@@ -276,12 +289,19 @@ func (g *gate) markOne(its Mounts, m Mount) error {
 		mask = unix.FAN_OPEN_EXEC_PERM // devices are opened there, and an open has effects
 	}
 	g.mu.Lock() // the first question finds what it is about
-	defer g.mu.Unlock()
-	if err := g.change(unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, mask, selfPath(fdOf(top))); err != nil {
-		return err
-	}
+	_, before := g.marked[dev]
 	g.marked[dev] = m.Type
-	return nil
+	g.mu.Unlock()
+	err, ok := proc.Ask(its.PID, func() error { return g.change(unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, mask, selfPath(fdOf(top))) })
+	if !ok {
+		err = fmt.Errorf("it hangs: %w", unix.ETIMEDOUT)
+	}
+	if err != nil && !before {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		delete(g.marked, dev)
+	}
+	return err
 }
 
 // spare has the kernel not ask about what is opened by a mount of the machine's own, whatever is changed there.
@@ -333,19 +353,30 @@ func selfPath(fd int32) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
 // Close holds up nobody any more on behalf of the namespace. Who waits goes on. One that has no gate is no error.
 func (g *Gates) Close(owner event.MountNS) error {
 	g.mu.Lock()
-	one, ok := g.gates[owner]
 	delete(g.gates, owner)
-	g.mu.Unlock()
-	if !ok {
-		return nil
+	var all []*gate
+	for _, one := range g.named {
+		if one.owner == owner {
+			all = append(all, one)
+		}
 	}
-	return g.close(one)
+	g.mu.Unlock()
+	var errs []error
+	for _, one := range all {
+		errs = append(errs, g.close(one))
+	}
+	return errors.Join(errs...)
 }
 
+// close ends a group. One that was closed is no error.
 func (g *Gates) close(one *gate) error {
 	g.mu.Lock()
+	_, open := g.named[one.name]
 	delete(g.named, one.name)
 	g.mu.Unlock()
+	if !open {
+		return nil
+	}
 	one.end()
 	err := g.guard.remove(one.name)
 	return errors.Join(err, one.group.Close()) // when the guard has closed it, too, the kernel lets all through
@@ -359,7 +390,14 @@ func (g *Gates) Flush(owner event.MountNS) error {
 	if !ok {
 		return nil
 	}
+	one.flushes.Add(1)
 	return one.change(unix.FAN_MARK_FLUSH, 0, "")
+}
+
+func (g *Gates) haveEnded() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.ended
 }
 
 // Shutdown closes all gates and ends the guard, unless what is not measured may not run: then the guard holds them closed until a
@@ -367,23 +405,19 @@ func (g *Gates) Flush(owner event.MountNS) error {
 func (g *Gates) Shutdown() error {
 	g.mu.Lock()
 	g.ended = true
-	var all []*gate
-	for _, one := range g.gates {
-		all = append(all, one)
-	}
+	all := slices.Collect(maps.Keys(g.gates))
 	g.mu.Unlock()
 	var errs []error
 	if g.config.Closed {
 		g.guard.leave()
 	}
-	for _, one := range all {
-		errs = append(errs, g.Close(one.owner))
+	for _, owner := range all {
+		errs = append(errs, g.Close(owner))
 	}
 	g.answers.Wait()
 	g.mu.Lock()
 	g.expire(time.Now().Add(2 * keepFor)) // all that is kept
 	g.mu.Unlock()
 	g.guard.end()
-	g.names.close()
 	return errors.Join(errs...)
 }

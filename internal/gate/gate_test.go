@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -89,9 +90,7 @@ func mount(t *testing.T, c Config) *mounted {
 	}
 	c.Log = zaptest.NewLogger(t)
 	stateFile := filepath.Join(t.TempDir(), "guard.json")
-	if m.gates, err = New(c, []string{"guard"}, stateFile); err != nil {
-		t.Fatal(err)
-	}
+	m.gates = New(c, []string{"guard"}, stateFile)
 	t.Cleanup(func() {
 		if err := errors.Join(m.gates.Shutdown(), EndGuard(stateFile)); err != nil && !errors.Is(err, unix.ESRCH) { // the guard of closed gates stays
 			t.Error(err)
@@ -307,27 +306,104 @@ func TestOwnThreads(t *testing.T) {
 	}
 }
 
-// An agent that does not answer at all is taken for hanging: the guard lets all through.
-func TestGuard(t *testing.T) {
+// A look at a file that does not come back holds up its own question alone, and no longer than it may. With too many nothing is looked at.
+func TestLookHangs(t *testing.T) {
 	hang := make(chan struct{})
-	m := mount(t, Config{Timeout: 200 * time.Millisecond, Ask: func(context.Context, event.MountNS, *Asked) error {
-		<-hang
+	m := mount(t, Config{Timeout: 200 * time.Millisecond, Ask: func(_ context.Context, _ event.MountNS, a *Asked) error {
+		if strings.HasPrefix(filepath.Base(a.Event.Path), "hangs") {
+			<-hang
+		}
 		return nil
 	}})
-	t.Cleanup(func() { close(hang) }) // before the gates are shut down, which waits for it
+	t.Cleanup(func() { close(hang) })
+	for i := range behindMax {
+		_, ran := m.start(fmt.Sprint("hangs", i))
+		m.eventually("it runs", func() bool { return exists(ran) })
+		if i == 0 {
+			_, ran = m.start("meanwhile")
+			m.eventually("another runs", func() bool { return exists(ran) })
+		}
+	}
+	before := m.asked.Load()
+	_, ran := m.start("more")
+	m.eventually("it runs", func() bool { return exists(ran) })
+	if n := m.asked.Load(); n != before || before != behindMax+1 {
+		t.Errorf("%d questions, then %d", before, n)
+	}
+	for range behindMax {
+		hang <- struct{}{}
+	}
+	m.eventually("it is asked again", func() bool {
+		_, ran := m.start(fmt.Sprint("again", m.asked.Load()))
+		m.eventually("it runs", func() bool { return exists(ran) })
+		return m.asked.Load() > before
+	})
+	if n := m.dropped.Load(); n != 0 {
+		t.Errorf("the guard let all through %d times", n)
+	}
+}
+
+// An agent that does not answer at all is taken for hanging: the guard lets all through.
+func TestGuard(t *testing.T) {
+	m := mount(t, Config{Timeout: 200 * time.Millisecond, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
+	m.gates.mu.Lock() // so that nothing goes on
 	_, ran := m.start("hangs")
 	m.eventually("it runs", func() bool { return exists(ran) })
 	_, other := m.start("other")
 	m.eventually("the next runs", func() bool { return exists(other) })
-	if n := m.asked.Load(); n != 1 {
+	if n := m.asked.Load(); n != 0 {
 		t.Errorf("%d questions, though the guard has taken the marks off", n)
 	}
-	hang <- struct{}{} // it goes on, and so does the gate
+	m.gates.mu.Unlock() // and so does the gate
 	m.eventually("the gate is back", func() bool { return m.dropped.Load() == 1 })
+	asked := m.asked.Load()
 	_, back := m.start("back")
-	m.eventually("a question", func() bool { return m.asked.Load() == 2 })
-	if exists(back) {
-		t.Error("it did not wait")
+	m.eventually("a question", func() bool { return exists(back) && m.asked.Load() == asked+1 })
+}
+
+// Who waits for an answer when the gate is renewed, or begins to ask for less, waits on.
+func TestRenewedWhileAsked(t *testing.T) {
+	answer := make(chan struct{})
+	m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(ctx context.Context, _ event.MountNS, a *Asked) error {
+		if filepath.Base(a.Event.Path) != "waits" {
+			return nil
+		}
+		select {
+		case <-answer:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}})
+	_, ran := m.start("waits")
+	m.eventually("the question", func() bool { return m.asked.Load() == 1 })
+	if err := m.gates.Renew(m.owner, m.mounts(Mount{m.dir, m.fsType, 1}), Mounts{}, false); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(300 * time.Millisecond)
+	if exists(ran) {
+		t.Fatal("it did not wait")
+	}
+	_, other := m.start("other")
+	m.eventually("another runs", func() bool { return exists(other) })
+	close(answer)
+	m.eventually("it runs", func() bool { return exists(ran) && m.missed.Load() == 0 })
+}
+
+// Who waits when a closed gate's agent stops is turned away.
+func TestClosedAtTheEnd(t *testing.T) {
+	m := mount(t, Config{Timeout: 10 * time.Second, Closed: true, Ask: func(ctx context.Context, _ event.MountNS, _ *Asked) error {
+		<-ctx.Done()
+		return ctx.Err()
+	}})
+	_, ran := m.start("waits")
+	m.eventually("the question", func() bool { return m.asked.Load() == 1 })
+	if err := m.gates.Shutdown(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(300 * time.Millisecond)
+	if exists(ran) {
+		t.Error("it ran")
 	}
 }
 

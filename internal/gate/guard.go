@@ -76,6 +76,12 @@ func (g *guard) run() error {
 	}
 	end := os.NewFile(uintptr(pair[1]), "guard")
 	defer end.Close()
+	// The guard takes one message at a time, and may have many gates to learn of: it is waited for.
+	limit := unix.NsecToTimeval(guardHangsAfter.Nanoseconds())
+	if err := unix.SetsockoptTimeval(pair[0], unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit); err != nil {
+		unix.Close(pair[0])
+		return fmt.Errorf("start the guard: %w", err)
+	}
 	args := append(append([]string(nil), g.args...), fmt.Sprint(os.Getpid()), fmt.Sprint((g.config.Timeout + hangAfter).Milliseconds()))
 	if g.config.Closed {
 		args = append(args, "closed")
@@ -96,7 +102,9 @@ func (g *guard) run() error {
 	go g.listen(g.conn, cmd)
 	for name, group := range g.held {
 		if err := g.send(sayAdd, name, group); err != nil {
-			return err
+			close(g.stop)
+			g.conn = -1 // listen sees its end, and closes the socket
+			return errors.Join(fmt.Errorf("tell the guard of a gate: %w", err), cmd.Process.Kill())
 		}
 	}
 	return nil
@@ -132,7 +140,8 @@ func (g *guard) tell(conn int, cmd *exec.Cmd, stop chan struct{}) {
 		}
 		if silent := time.Since(*g.spoke.Load()); silent > guardHangsAfter {
 			g.config.Log.Error("the gates' guard hangs", zap.Duration("silent for", silent))
-			cmd.Process.Kill() // listen starts another
+			cmd.Process.Kill()
+			unix.Shutdown(conn, unix.SHUT_RDWR) // it may not end by that: listen starts another
 			return
 		}
 	}
@@ -161,16 +170,15 @@ func (g *guard) listen(conn int, cmd *exec.Cmd) {
 			g.config.Log.Error("the gates were open: this process did not answer in time, and its guard let all through")
 			g.dropped()
 		case buf[0] == sayAsked && n == askedSize:
-			fd, err := descriptorIn(oob[:oobn])
-			if err != nil {
-				g.config.Log.Error("a question without a file", zap.Error(err))
-				continue
+			var file *os.File // none if this process has too many open
+			if fd, err := descriptorIn(oob[:oobn]); err == nil {
+				file = os.NewFile(uintptr(fd), "asked")
 			}
 			task, number := binary.LittleEndian.Uint32(buf[messageSize:]), binary.LittleEndian.Uint32(buf[messageSize+4:])
-			g.asked(nameIn(buf), task, int32(number), buf[askedSize-1] == 1, os.NewFile(uintptr(fd), "asked"))
+			g.asked(nameIn(buf), task, int32(number), buf[askedSize-1] == 1, file)
 		}
 	}
-	cmd.Wait()
+	go cmd.Wait() // it ends when no file system holds it up
 	g.mu.Lock()
 	ended := g.conn != conn
 	if !ended {
@@ -223,10 +231,10 @@ func (g *guard) remove(name event.MountNS) error {
 func (g *guard) send(what byte, name event.MountNS, group *os.File) error {
 	message := appendName([]byte{what}, name)
 	if group == nil {
-		return unix.Sendmsg(g.conn, message, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+		return unix.Sendmsg(g.conn, message, nil, nil, unix.MSG_NOSIGNAL)
 	}
 	return control(group, func(fd int) error {
-		return unix.Sendmsg(g.conn, message, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+		return unix.Sendmsg(g.conn, message, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL)
 	})
 }
 
@@ -243,7 +251,7 @@ func (g *guard) answered(number int32) {
 	defer g.mu.Unlock()
 	if g.conn >= 0 {
 		message := binary.LittleEndian.AppendUint32([]byte{sayAnswered}, uint32(number))
-		if err := unix.Send(g.conn, message, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT); err != nil {
+		if err := unix.Send(g.conn, message, unix.MSG_NOSIGNAL); err != nil {
 			g.config.Log.Warn("tell the guard of an answer", zap.Error(err))
 		}
 	}
@@ -254,7 +262,7 @@ func (g *guard) leave() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.conn >= 0 {
-		if err := unix.Send(g.conn, []byte{sayLeave}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT); err != nil {
+		if err := unix.Send(g.conn, []byte{sayLeave}, unix.MSG_NOSIGNAL); err != nil {
 			g.config.Log.Error("the gates will be open", zap.Error(err))
 		}
 	}

@@ -9,59 +9,29 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// names finds how a task sees a file that is open here: what the kernel's d_path gives from the task's root folder. It has a thread of its
-// own, whose root folder it changes.
-type names struct {
-	requests chan nameRequest
+// nameSeenBy returns the path of a descriptor as a task sees it: what the kernel's d_path gives from the task's root folder. It takes a thread,
+// which goes to that folder, and ends. The folder may be of a file system that somebody lets hang.
+func nameSeenBy(fd int32, task uint32) (name string, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		if err = unix.Unshare(unix.CLONE_FS); err == nil {
+			name, err = nameFrom(fd, task)
+		}
+	}()
+	<-done
+	return name, err
 }
 
-type nameRequest struct {
-	fd     int32
-	task   uint32
-	answer chan nameAnswer
-}
-
-type nameAnswer struct {
-	name string
-	err  error
-}
-
-func newNames() (*names, error) {
-	n := &names{requests: make(chan nameRequest)}
-	ready := make(chan error)
-	go n.run(ready)
-	return n, <-ready
-}
-
-func (n *names) close() { close(n.requests) }
-
-// of returns the path of a descriptor as a task sees it.
-func (n *names) of(fd int32, task uint32) (string, error) {
-	r := nameRequest{fd, task, make(chan nameAnswer, 1)}
-	n.requests <- r
-	a := <-r.answer
-	return a.name, a.err
-}
-
-func (n *names) run(ready chan<- error) {
-	runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+// nameFrom changes the thread's root folder.
+func nameFrom(fd int32, task uint32) (string, error) {
 	proc, err := unix.Open("/proc", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err == nil {
-		err = unix.Unshare(unix.CLONE_FS)
-	}
-	ready <- err
 	if err != nil {
-		return
+		return "", err
 	}
 	defer unix.Close(proc)
-	for r := range n.requests {
-		name, err := nameFrom(proc, r)
-		r.answer <- nameAnswer{name, err}
-	}
-}
-
-func nameFrom(proc int, r nameRequest) (string, error) {
-	root, err := unix.Openat(proc, fmt.Sprintf("%d/root", r.task), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	root, err := unix.Openat(proc, fmt.Sprintf("%d/root", task), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return "", err
 	}
@@ -73,7 +43,7 @@ func nameFrom(proc int, r nameRequest) (string, error) {
 		return "", err
 	}
 	buf := make([]byte, unix.PathMax+1)
-	size, err := unix.Readlinkat(proc, fmt.Sprintf("self/fd/%d", r.fd), buf)
+	size, err := unix.Readlinkat(proc, fmt.Sprintf("self/fd/%d", fd), buf)
 	if err != nil {
 		return "", err
 	}

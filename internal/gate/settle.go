@@ -82,7 +82,41 @@ func (g *Gates) Settled(f *event.File) {
 	}
 	g.mu.Unlock()
 	for _, k := range settled {
-		k.settle()
+		k.question.gate.settle(k)
+	}
+}
+
+const (
+	// settleMax is how many files may be settled at once, a thread each. Those that come then are asked about again.
+	settleMax = 16
+	// settlePatience is how long one is waited for: a file of a layer that somebody lets hang may take for ever.
+	settlePatience = 100 * time.Millisecond
+)
+
+// settle settles a file, and mostly waits for that.
+func (g *gate) settle(k keptFile) {
+	g.mu.Lock()
+	if g.settling >= settleMax {
+		g.mu.Unlock()
+		k.file.Close()
+		return
+	}
+	g.settling++
+	g.mu.Unlock()
+	done := make(chan struct{})
+	flushes := g.flushes.Load()
+	go func() {
+		defer close(done)
+		k.settle(flushes)
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.settling--
+	}()
+	timeout := time.NewTimer(settlePatience)
+	defer timeout.Stop()
+	select {
+	case <-done:
+	case <-timeout.C:
 	}
 }
 
@@ -92,8 +126,9 @@ func (k keptFile) is(f *event.File) bool {
 		e.Content.CtimeNsec == f.Content.CtimeNsec
 }
 
-// settle lets the kernel ask no more. A change before the ignore mark was there did not drop it, so the file is looked at after.
-func (k keptFile) settle() {
+// settle lets the kernel ask no more, unless there was a flush since. A change before the ignore mark was there did not drop it, so the file is
+// looked at after.
+func (k keptFile) settle(flushes uint64) {
 	defer k.file.Close()
 	q, fd := k.question, fdOf(k.file)
 	mask := uint64(unix.FAN_OPEN_PERM)
@@ -103,7 +138,7 @@ func (k keptFile) settle() {
 	if q.ignore(fd, mask) != nil {
 		return // gone, or closed: asked again
 	}
-	if digest.Same(k.file, k.asked.Event) != nil {
+	if digest.Same(k.file, k.asked.Event) != nil || q.gate.flushes.Load() != flushes {
 		q.gate.change(unix.FAN_MARK_REMOVE|unix.FAN_MARK_IGNORED_MASK, mask, selfPath(fd))
 	}
 }

@@ -90,7 +90,7 @@ func (q *question) describe(t task) (*Asked, error) {
 	if err := unix.Fstatfs(int(q.fd), &fs); err != nil {
 		return nil, fmt.Errorf("stat its file system: %w", err)
 	}
-	name, err := q.gate.gates.names.of(q.fd, t.process.PID)
+	name, err := nameSeenBy(q.fd, t.process.PID)
 	if err != nil {
 		return nil, fmt.Errorf("find its path: %w", err)
 	}

@@ -4,7 +4,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"strconv"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -28,163 +30,273 @@ func Guard(conn, agent int, patience time.Duration, closed bool) error {
 		return fmt.Errorf("open /dev/null: %w", err)
 	}
 	standing.StayInMemory() // else it would hang where memory is short; who may not does without
-	w := &watch{conn: conn, agent: agent, null: null, closed: closed, groups: make(map[event.MountNS]int), waiting: make(map[int32]int)}
-	buf, oob := make([]byte, messageSize), make([]byte, unix.CmsgSpace(4))
+	w := &watch{
+		conn: conn, agent: agent, null: null, closed: closed, groups: make(map[event.MountNS]*group), waiting: make(map[int32]*group),
+		messages: make(chan message), asked: make(chan asked),
+	}
+	go w.listen()
+	tick := time.NewTicker(readerHangsAfter / 2)
+	defer tick.Stop()
 	last, hangs := time.Now(), false
 	for {
-		ready, err := w.poll(conn)
-		if err != nil {
-			return err
-		}
-		if ready {
-			size, oobn, _, _, err := unix.Recvmsg(conn, buf, oob, unix.MSG_CMSG_CLOEXEC)
-			if errors.Is(err, unix.EINTR) {
-				continue
+		select {
+		case m, ok := <-w.messages:
+			if !ok {
+				return w.orphaned(tick.C)
 			}
-			if err != nil || size == 0 {
-				return w.orphaned()
+			if m.text[0] == sayAlive { // nothing else means that it answers what it is asked
+				if hangs {
+					hangs = false
+					unix.Send(conn, []byte{sayDropped}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+				}
+				last = time.Now()
 			}
-			if hangs {
-				hangs = false
-				unix.Send(conn, []byte{sayDropped}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
-			}
-			last = time.Now()
-			if err := w.heard(buf[:size], oob[:oobn]); err != nil {
+			if err := w.heard(m.text, m.control); err != nil {
 				return err
 			}
+		case a := <-w.asked:
+			w.questions(a, !hangs)
+		case <-tick.C:
+			w.addReaders()
 		}
 		if !hangs && time.Since(last) > patience {
 			hangs = true
 			w.takeOver()
 		}
-		w.questions(!hangs)
 	}
 }
 
-// watch is what the guard knows.
+// watch is what the guard knows. One goroutine uses it, but for the channels.
 type watch struct {
-	conn    int // to the agent
-	agent   int
-	null    int
-	closed  bool
-	leave   bool
-	groups  map[event.MountNS]int
-	waiting map[int32]int // questions that were handed on, by their numbers, which are descriptors; and their groups
+	conn     int // to the agent
+	agent    int
+	null     int
+	closed   bool
+	leave    bool
+	groups   map[event.MountNS]*group
+	waiting  map[int32]*group // questions that were handed on, by their numbers, which are descriptors
+	messages chan message     // of the agent; closed when it has ended
+	asked    chan asked
 }
 
-// poll waits a moment for the agent to say something, which it reports, or for a question. conn may be none: -1.
-func (w *watch) poll(conn int) (bool, error) {
-	fds := []unix.PollFd{{Fd: int32(conn), Events: unix.POLLIN}}
-	for _, fd := range w.groups {
-		fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
-	}
-	if _, err := unix.Poll(fds, 100); err != nil && !errors.Is(err, unix.EINTR) {
-		return false, err
-	}
-	return fds[0].Revents != 0, nil
+// message is one of the agent's, with what came with it.
+type message struct{ text, control []byte }
+
+// asked are questions of a group, as read from it.
+type asked struct {
+	group     *group
+	questions []byte
 }
 
-func (w *watch) heard(message, oob []byte) error {
+// group is one of the agent's, and who reads it. Reading a question opens its file, which may be of a file system that somebody lets hang: each
+// group has a reader of its own, and another where one hangs.
+type group struct {
+	name    event.MountNS
+	fd      int
+	readers []*reader
+}
+
+// reader is a goroutine that reads a group by a descriptor of its own.
+type reader struct {
+	file  *os.File
+	since atomic.Pointer[time.Time] // when its read began; nil: it waits for something to read
+}
+
+const (
+	readerHangsAfter = 200 * time.Millisecond
+	readersMax       = 64
+)
+
+// listen takes the agent's messages.
+func (w *watch) listen() {
+	defer close(w.messages)
+	for {
+		text, control := make([]byte, messageSize), make([]byte, unix.CmsgSpace(4))
+		n, controlled, _, _, err := unix.Recvmsg(w.conn, text, control, unix.MSG_CMSG_CLOEXEC)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || n == 0 {
+			return
+		}
+		w.messages <- message{text[:n], control[:controlled]}
+	}
+}
+
+// addReader starts one.
+func (w *watch) addReader(g *group) error {
+	fd, err := unix.FcntlInt(uintptr(g.fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("another descriptor of a group: %w", err)
+	}
+	r := &reader{file: os.NewFile(uintptr(fd), "group")} // which does not block, so it waits without a thread
+	raw, err := r.file.SyscallConn()
+	if err != nil {
+		return errors.Join(err, r.file.Close())
+	}
+	g.readers = append(g.readers, r)
+	go func() {
+		for {
+			buf := make([]byte, 4096)
+			var n int
+			var err error
+			ended := raw.Read(func(fd uintptr) bool {
+				now := time.Now()
+				r.since.Store(&now)
+				n, err = unix.Read(int(fd), buf)
+				r.since.Store(nil)
+				return !errors.Is(err, unix.EAGAIN)
+			})
+			if ended != nil || err == nil && n == 0 {
+				return
+			}
+			if err == nil { // of an event whose file can't be opened the kernel disposes itself
+				w.asked <- asked{g, buf[:n]}
+			}
+		}
+	}()
+	return nil
+}
+
+// hangs reports whether all readers do.
+func (g *group) hangs() bool {
+	for _, r := range g.readers {
+		if since := r.since.Load(); since == nil || time.Since(*since) < readerHangsAfter {
+			return false
+		}
+	}
+	return true
+}
+
+// addReaders gives each group one more whose readers all hang. One that has too many asks nothing more: the hooks see what it would have asked.
+func (w *watch) addReaders() {
+	for _, g := range w.groups {
+		if !g.hangs() {
+			continue
+		}
+		if len(g.readers) < readersMax {
+			w.addReader(g) // tried again, if it fails
+		} else {
+			unmark(g.fd)
+		}
+	}
+}
+
+// close ends the readers, when they come back, and the group, if the agent has closed it, too.
+func (g *group) close() {
+	for _, r := range g.readers {
+		r.file.Close()
+	}
+	unix.Close(g.fd)
+}
+
+func (w *watch) heard(text, control []byte) error {
 	switch {
-	case message[0] == sayAlive:
-		unix.Send(w.conn, message, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT) // an agent that does not listen is noticed otherwise
-	case message[0] == sayLeave:
+	case text[0] == sayAlive:
+		unix.Send(w.conn, text, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT) // an agent that does not listen is noticed otherwise
+	case text[0] == sayLeave:
 		w.leave = true
-	case message[0] == sayAnswered && len(message) == answeredSize:
-		number := int32(binary.LittleEndian.Uint32(message[1:]))
+	case text[0] == sayAnswered && len(text) == answeredSize:
+		number := int32(binary.LittleEndian.Uint32(text[1:]))
 		if _, ok := w.waiting[number]; ok {
 			delete(w.waiting, number)
 			unix.Close(int(number))
 		}
-	case message[0] == sayAdd:
-		fd, err := descriptorIn(oob)
+	case text[0] == sayAdd:
+		fd, err := descriptorIn(control)
 		if err != nil {
 			return err
 		}
-		if len(message) != messageSize {
+		if len(text) != messageSize {
 			unix.Close(fd)
 			return nil
 		}
-		name := nameIn(message)
+		name := nameIn(text)
 		if before, ok := w.groups[name]; ok {
-			unix.Close(before)
+			before.close()
 		}
-		w.groups[name] = fd
-	case message[0] == sayRemove && len(message) == messageSize && !w.leave:
-		ns := nameIn(message)
-		if group, ok := w.groups[ns]; ok {
-			delete(w.groups, ns)
+		g := &group{name: name, fd: fd}
+		w.groups[name] = g
+		return w.addReader(g)
+	case text[0] == sayRemove && len(text) == messageSize && !w.leave:
+		name := nameIn(text)
+		if g, ok := w.groups[name]; ok {
+			delete(w.groups, name)
 			for number, of := range w.waiting {
-				if of == group {
-					respond(group, number, true)
+				if of == g {
+					respond(g.fd, number, true)
 					delete(w.waiting, number)
 					unix.Close(int(number))
 				}
 			}
-			unix.Close(group)
+			g.close()
 		}
 	}
 	return nil
 }
 
-// orphaned is what to do when the agent has ended.
-func (w *watch) orphaned() error {
-	if !w.closed || len(w.groups) == 0 {
-		return nil // the kernel lets all through who wait
-	}
+// orphaned is what to do when the agent has ended. A reader that hangs keeps this process, and so all groups, from ending: the marks have to be
+// off by then, and what is asked still is let through.
+func (w *watch) orphaned(tick <-chan time.Time) error {
 	w.takeOver()
-	for {
-		w.questions(false)
-		if _, err := w.poll(-1); err != nil {
-			return err
+	for w.closed && len(w.groups) > 0 || w.anyHangs() {
+		select {
+		case a := <-w.asked:
+			w.questions(a, false)
+		case <-tick:
+			w.addReaders()
 		}
 	}
+	return nil // the kernel lets all through who wait
+}
+
+// anyHangs reports whether one of the readers does.
+func (w *watch) anyHangs() bool {
+	for _, g := range w.groups {
+		for _, r := range g.readers {
+			if since := r.since.Load(); since != nil && time.Since(*since) >= readerHangsAfter {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // takeOver answers what the agent was asked and did not answer, and takes the marks off, unless closed.
 func (w *watch) takeOver() {
-	for _, group := range w.groups {
+	for _, g := range w.groups {
 		if !w.closed {
-			unmark(group)
+			unmark(g.fd)
 		}
 	}
-	for number, group := range w.waiting {
-		respond(group, number, !w.closed) // one that was answered meanwhile is no question any more
+	for number, g := range w.waiting {
+		respond(g.fd, number, !w.closed) // one that was answered meanwhile is no question any more
 		unix.Close(int(number))
 	}
 	clear(w.waiting)
 }
 
-// questions takes all that is asked now, and hands on what the agent is to answer.
-func (w *watch) questions(handOn bool) {
-	buf := make([]byte, 4096)
-	for ns, group := range w.groups {
-		for {
-			n, err := unix.Read(group, buf)
-			if err != nil || n <= 0 {
-				break // of an event whose file can't be opened the kernel disposes itself
-			}
-			for at := 0; at+int(unix.FAN_EVENT_METADATA_LEN) <= n; {
-				m := (*unix.FanotifyEventMetadata)(unsafe.Pointer(&buf[at]))
-				at += int(m.Event_len)
-				if m.Fd < 0 {
-					continue
-				}
-				ours := handOn && isBelow(int(m.Pid), func(pid int) bool { return pid == w.agent })
-				if !ours && handOn && w.handOn(ns, m) {
-					// The number is taken until it is answered, but the file is not open here any more, as one in use would be.
-					unix.Dup3(w.null, int(m.Fd), unix.O_CLOEXEC)
-					w.waiting[m.Fd] = group
-					continue
-				}
-				inside := func(pid int) bool {
-					of, err := proc.Namespace(pid, "mnt")
-					return err == nil && of == ns.Inum
-				}
-				respond(group, m.Fd, ours || !w.closed || !isBelow(int(m.Pid), inside))
-				unix.Close(int(m.Fd))
-			}
+// questions hands on what the agent is to answer, and answers the rest.
+func (w *watch) questions(a asked, handOn bool) {
+	for at := 0; at+int(unix.FAN_EVENT_METADATA_LEN) <= len(a.questions); {
+		m := (*unix.FanotifyEventMetadata)(unsafe.Pointer(&a.questions[at]))
+		at += int(m.Event_len)
+		if m.Fd < 0 {
+			continue
 		}
+		ours := handOn && isBelow(int(m.Pid), func(pid int) bool { return pid == w.agent })
+		if !ours && handOn && w.handOn(a.group.name, m) {
+			// The number is taken until it is answered, but the file is not open here any more, as one in use would be.
+			unix.Dup3(w.null, int(m.Fd), unix.O_CLOEXEC)
+			w.waiting[m.Fd] = a.group
+			continue
+		}
+		inside := func(pid int) bool {
+			of, err := proc.Namespace(pid, "mnt")
+			return err == nil && of == a.group.name.Inum
+		}
+		respond(a.group.fd, m.Fd, ours || !w.closed || !isBelow(int(m.Pid), inside))
+		unix.Close(int(m.Fd))
 	}
 }
 

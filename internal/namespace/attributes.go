@@ -1,6 +1,7 @@
 package namespace
 
 import (
+	"context"
 	"crypto/sha256"
 	"fmt"
 
@@ -30,10 +31,16 @@ func (l *look) attributes(s *State, template string) *digest.Attributes {
 }
 
 func (l *look) readAttributes(s *State) (*digest.Attributes, error) {
-	if l.file != nil {
-		return digest.AttributesOf(l.file, l.ev)
+	var root *digest.Root
+	if l.file == nil {
+		root = l.root(s)
 	}
-	return digest.ReadAttributes(l.ev, l.root(s))
+	return lookWithin(s.allowance(), func(context.Context) (*digest.Attributes, error) {
+		if l.file != nil {
+			return digest.AttributesOf(l.file, l.ev)
+		}
+		return digest.ReadAttributes(l.ev, root)
+	})
 }
 
 // algo returns what a file is hashed with for a template's entry: as security.ima is, if the template shows that, so that its

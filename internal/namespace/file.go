@@ -82,7 +82,7 @@ func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
 	current := s.generation
 	t.mu.Unlock()
 	l := &look{tree: t, ev: ev, ctx: ctx, digests: map[ima.HashAlgo]ima.Digest{}, entries: map[entryKey]*imalog.Entry{}}
-	l.name = l.findName()
+	l.name = l.findName(s)
 	for n := s; n != nil; n = n.parent {
 		if !n.active {
 			continue
@@ -122,10 +122,11 @@ func (t *Tree) provable(ev *event.File) bool {
 }
 
 // findName returns the path for the entry, as the kernel's IMA would have it.
-func (l *look) findName() string {
+func (l *look) findName(s *State) string {
 	name := l.ev.Path
 	if l.ev.Flags&event.Mprotect != 0 {
-		if path, err := digest.MappingPath(l.ev); err == nil {
+		path, err := lookWithin(s.allowance(), func(context.Context) (string, error) { return digest.MappingPath(l.ev) })
+		if err == nil {
 			name = path
 		}
 	}
@@ -302,14 +303,15 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 		return d, l.loss
 	}
 	if l.file != nil {
-		return l.sumOfQuestion(algo)
+		return l.sumOfQuestion(s, algo)
 	}
 	if cacheable {
 		if d := l.tree.cache.Get(l.ev.Content, algo); !d.IsNone() {
 			return d, 0
 		}
 	}
-	sums, err := digest.Hash(l.ev, l.root(s), algo)
+	root := l.root(s)
+	sums, err := lookWithin(s.allowance(), func(ctx context.Context) ([]ima.Digest, error) { return digest.Hash(ctx, l.ev, root, algo) })
 	if err != nil {
 		l.because, l.loss = err, event.LossReadError
 		if errors.Is(err, digest.ErrChanged) {

@@ -271,7 +271,7 @@ func (t *Tree) Ask(ctx context.Context, q Question) (Waiting, error) {
 	t.mu.Unlock()
 	q.Event.NS = s.ns
 	l := &look{tree: t, ev: q.Event, ctx: ctx, digests: q.Digests, entries: map[entryKey]*imalog.Entry{}, file: q.File}
-	l.name = l.findName()
+	l.name = l.findName(s)
 	var w Waiting
 	gated := false
 	for n := s; n != nil; n = n.parent {
@@ -306,8 +306,8 @@ func (t *Tree) Missed(ctx context.Context, ns event.MountNS, name string) error 
 }
 
 // sumOfQuestion hashes the file that is asked about.
-func (l *look) sumOfQuestion(algo ima.HashAlgo) (ima.Digest, event.Loss) {
-	sums, err := digest.Sum(l.file, l.ev, algo)
+func (l *look) sumOfQuestion(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
+	sums, err := lookWithin(s.allowance(), func(ctx context.Context) ([]ima.Digest, error) { return digest.Sum(ctx, l.file, l.ev, algo) })
 	if err != nil {
 		l.because, l.loss = err, event.LossReadError
 		return ima.Digest{}, l.loss

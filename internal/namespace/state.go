@@ -56,6 +56,7 @@ type State struct {
 	gateLooked time.Time           // when new file systems were last looked for
 	gateEarly  bool                // it was given its gate before its first program
 	ended      bool                // the list can't go on; its ancestors' lists say so
+	looks      allowance           // of a container: for its files
 	requests   []request           // for clones that are to be active
 	marks      []event.MeasuredKey // contents that the kernel side was told need no event any more
 	tpm        *tpmext.TPM
