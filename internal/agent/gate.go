@@ -21,7 +21,7 @@ import (
 type Gate struct {
 	Mode    string        // of containers: one of namespace.GateModes
 	Timeout time.Duration // that an open is held up at most
-	Closed  bool          // what was not measured by then may not be used
+	Closed  bool          // all gates are closed: what was not measured by then may not be used
 }
 
 // A TPM takes some of it, and what waits for a program waits no longer than that.
@@ -55,12 +55,16 @@ func newGates(c Config, log *zap.Logger) *gates {
 }
 
 // Open marks what the namespace has mounted.
-func (g *gates) Open(ns event.MountNS, all bool) error { return g.mark(ns, all, g.Gates.Open) }
+func (g *gates) Open(ns event.MountNS, mode namespace.GateMode) error {
+	return g.mark(ns, mode, g.Gates.Open)
+}
 
 // Renew marks that and nothing else.
-func (g *gates) Renew(ns event.MountNS, all bool) error { return g.mark(ns, all, g.Gates.Renew) }
+func (g *gates) Renew(ns event.MountNS, mode namespace.GateMode) error {
+	return g.mark(ns, mode, g.Gates.Renew)
+}
 
-func (g *gates) mark(ns event.MountNS, all bool, mark func(owner event.MountNS, its, machine gate.Mounts, all bool) error) error {
+func (g *gates) mark(ns event.MountNS, mode namespace.GateMode, mark func(owner event.MountNS, its, machine gate.Mounts, how gate.How) error) error {
 	t, err := container.Process(ns.Inum)
 	if err != nil {
 		return err
@@ -76,7 +80,7 @@ func (g *gates) mark(ns event.MountNS, all bool, mark func(owner event.MountNS, 
 		return err
 	}
 	defer machine.Root.Close()
-	return mark(ns, its, machine, all)
+	return mark(ns, its, machine, gate.How{All: mode.All(), Closed: mode.Closed()})
 }
 
 // mounts makes of what package container returns what package gate takes.

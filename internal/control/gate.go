@@ -20,7 +20,7 @@ func gateWord(m namespace.GateMode) string {
 	return string(m)
 }
 
-// SetGate asks for a namespace's opens to be held up until they are measured: off, exec or all.
+// SetGate asks for a namespace's opens to be held up until they are measured; mode is one of namespace.GateModes.
 func (c *Client) SetGate(ctx context.Context, name, mode string) (Namespace, error) {
 	var n Namespace
 	return n, c.decode(ctx, http.MethodPost, "/v1/namespaces/"+url.PathEscape(name)+"/gate", strings.NewReader(mode), &n)

@@ -29,8 +29,8 @@ func (g *Gates) takes(name event.MountNS, task uint32, number int32, exec bool, 
 	g.asked.Add(1)
 	if file == nil {
 		defer g.answers.Done()
-		g.config.Log.Error("not measured before its use: its descriptor did not come", zap.Stringer("ns", one.owner), zap.Bool("denied", g.config.Closed))
-		one.respond(number, !g.config.Closed)
+		g.config.Log.Error("not measured before its use: its descriptor did not come", zap.Stringer("ns", one.owner), zap.Bool("denied", one.closed))
+		one.respond(number, !one.closed)
 		return
 	}
 	one.mu.Lock()
@@ -98,8 +98,8 @@ func (q *question) verdict() bool {
 	g.mu.Unlock()
 	if hangs {
 		q.file.Close()
-		c.Log.Warn("not measured before its use: too many looks at files hang", zap.Stringer("ns", g.owner), zap.Bool("denied", c.Closed))
-		return !c.Closed
+		c.Log.Warn("not measured before its use: too many looks at files hang", zap.Stringer("ns", g.owner), zap.Bool("denied", g.closed))
+		return !g.closed
 	}
 	ctx, cancel := context.WithTimeout(g.ctx, patience)
 	done := make(chan bool, 1)
@@ -125,8 +125,8 @@ func (q *question) verdict() bool {
 		defer g.mu.Unlock()
 		g.behind--
 	}()
-	c.Log.Warn("not measured before its use: looking at the file hangs", zap.Stringer("ns", g.owner), zap.Uint32("task", q.task), zap.Bool("denied", c.Closed))
-	return !c.Closed
+	c.Log.Warn("not measured before its use: looking at the file hangs", zap.Stringer("ns", g.owner), zap.Uint32("task", q.task), zap.Bool("denied", g.closed))
+	return !g.closed
 }
 
 // decide returns whether the open may go on. It may hang, but does nothing after ctx has ended that would hide that from the hook.
@@ -143,8 +143,8 @@ func (q *question) decide(ctx context.Context) bool {
 		return true // it has been killed
 	}
 	if err != nil {
-		c.Log.Warn("not measured before its use", zap.Stringer("ns", g.owner), zap.Uint32("task", q.task), zap.Bool("denied", c.Closed), zap.Error(err))
-		return !c.Closed
+		c.Log.Warn("not measured before its use", zap.Stringer("ns", g.owner), zap.Uint32("task", q.task), zap.Bool("denied", g.closed), zap.Error(err))
+		return !g.closed
 	}
 	below, known := c.Below(g.owner, t.inum)
 	if known && !below {
@@ -159,14 +159,14 @@ func (q *question) decide(ctx context.Context) bool {
 		return true
 	}
 	if g.ctx.Err() != nil {
-		return !c.Closed || !g.gates.haveEnded() // a gate that was taken away holds up nobody
+		return !g.closed || !g.gates.haveEnded() // a gate that was taken away holds up nobody
 	}
 	if err != nil {
-		c.Log.Warn("not measured before its use", zap.Stringer("ns", g.owner), zap.String("file", q.path(a)), zap.Bool("denied", c.Closed), zap.Error(err))
-		if !c.Closed && errors.Is(err, context.DeadlineExceeded) { // else the hook finds it new to the list
+		c.Log.Warn("not measured before its use", zap.Stringer("ns", g.owner), zap.String("file", q.path(a)), zap.Bool("denied", g.closed), zap.Error(err))
+		if !g.closed && errors.Is(err, context.DeadlineExceeded) { // else the hook finds it new to the list
 			c.Missed(g.owner, a)
 		}
-		return !c.Closed
+		return !g.closed
 	}
 	q.keep(t, a)
 	return true
@@ -188,7 +188,7 @@ func (g *gate) patience() time.Duration {
 	c := g.gates.config
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.timeout && !c.Closed {
+	if g.timeout && !g.closed {
 		return c.Timeout / 4
 	}
 	return c.Timeout

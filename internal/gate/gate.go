@@ -48,8 +48,14 @@ type Config struct {
 	// Dropped is told that the guard let all through and took the marks off: whoever had gates opens them again.
 	Dropped func()
 	Timeout time.Duration // that an open is held up at most
-	Closed  bool          // what was not measured by then may not be opened, and nothing may while no agent runs; else it may
+	Closed  bool          // all gates are, see How
 	Log     *zap.Logger
+}
+
+// How is how a namespace's opens are held up.
+type How struct {
+	All    bool // all of them; else those of what is about to run
+	Closed bool // what was not measured within Config.Timeout may not be opened, and nothing may while no agent runs; else it may
 }
 
 // Mounts are those of a namespace.
@@ -123,13 +129,14 @@ func (g *Gates) Asked() uint64 { return g.asked.Load() }
 
 // gate is one namespace's.
 type gate struct {
-	gates *Gates
-	owner event.MountNS
-	name  event.MountNS // with the guard: the owner's inode number, and a number that no other group had
-	group *os.File      // the fanotify group
-	all   bool
-	ctx   context.Context // ends with the gate
-	end   context.CancelFunc
+	gates  *Gates
+	owner  event.MountNS
+	name   event.MountNS // with the guard: the owner's inode number, and a number that no other group had
+	group  *os.File      // the fanotify group
+	all    bool          // whoever opens gates uses it
+	closed bool
+	ctx    context.Context // ends with the gate
+	end    context.CancelFunc
 
 	mu       sync.Mutex
 	dynamic  map[uint32]bool   // tasks that were asked about a program which names an ELF interpreter: the same exec opens that next
@@ -143,7 +150,8 @@ type gate struct {
 
 // Open begins to hold up, or changes what is held up, and watches file systems that are new. Errors name the kernel's lack of fanotify, or that
 // none of the file systems can be marked; os.ErrClosed after Shutdown.
-func (g *Gates) Open(owner event.MountNS, its, machine Mounts, all bool) error {
+func (g *Gates) Open(owner event.MountNS, its, machine Mounts, how How) error {
+	how.Closed = how.Closed || g.config.Closed
 	g.mu.Lock()
 	one, ended := g.gates[owner], g.ended
 	g.mu.Unlock()
@@ -153,19 +161,19 @@ func (g *Gates) Open(owner event.MountNS, its, machine Mounts, all bool) error {
 	if err := g.guard.run(); err != nil {
 		return fmt.Errorf("gate of namespace %v: %w", owner, err)
 	}
-	if one != nil && one.all && !all {
-		return g.Renew(owner, its, machine, all)
+	if one != nil && (one.all && !how.All || one.closed != how.Closed) {
+		return g.Renew(owner, its, machine, how)
 	}
 	if one == nil {
 		var err error
-		if one, err = g.begin(owner); err != nil {
+		if one, err = g.begin(owner, how); err != nil {
 			return err
 		}
 		g.mu.Lock()
 		g.gates[owner] = one
 		g.mu.Unlock()
 	}
-	one.all = all
+	one.all = how.All
 	if n, err := one.mark(its, machine); n == 0 {
 		return errors.Join(fmt.Errorf("gate of namespace %v: none of its file systems can be watched: %w", owner, err), g.Close(owner))
 	}
@@ -174,18 +182,18 @@ func (g *Gates) Open(owner event.MountNS, its, machine Mounts, all bool) error {
 
 // Renew is Open for a namespace that has a gate and may have lost file systems: those are not watched any more. Everything is asked about
 // anew. Nobody slips through meanwhile.
-func (g *Gates) Renew(owner event.MountNS, its, machine Mounts, all bool) error {
+func (g *Gates) Renew(owner event.MountNS, its, machine Mounts, how How) error {
+	how.Closed = how.Closed || g.config.Closed
 	g.mu.Lock()
 	old, ok := g.gates[owner]
 	g.mu.Unlock()
 	if !ok {
-		return g.Open(owner, its, machine, all)
+		return g.Open(owner, its, machine, how)
 	}
-	one, err := g.begin(owner)
+	one, err := g.begin(owner, how)
 	if err != nil {
 		return err
 	}
-	one.all = all
 	if n, err := one.mark(its, machine); n == 0 {
 		return errors.Join(fmt.Errorf("gate of namespace %v: none of its file systems can be watched: %w", owner, err), g.close(one))
 	}
@@ -211,7 +219,7 @@ func (g *Gates) retire(old *gate) error {
 }
 
 // begin makes a group without marks, whose questions the guard takes.
-func (g *Gates) begin(owner event.MountNS) (*gate, error) {
+func (g *Gates) begin(owner event.MountNS, how How) (*gate, error) {
 	const flags = unix.FAN_CLASS_CONTENT | unix.FAN_CLOEXEC | unix.FAN_NONBLOCK | unix.FAN_UNLIMITED_QUEUE | unix.FAN_UNLIMITED_MARKS | unix.FAN_REPORT_TID
 	fd, err := unix.FanotifyInit(flags, unix.O_RDONLY|unix.O_LARGEFILE|unix.O_CLOEXEC|unix.O_NONBLOCK)
 	if errors.Is(err, unix.EMFILE) {
@@ -220,7 +228,7 @@ func (g *Gates) begin(owner event.MountNS) (*gate, error) {
 		return nil, fmt.Errorf("gate of namespace %v: fanotify: %w; the kernel needs CONFIG_FANOTIFY_ACCESS_PERMISSIONS", owner, err)
 	}
 	one := &gate{
-		gates: g, owner: owner, group: os.NewFile(uintptr(fd), "fanotify"), dynamic: make(map[uint32]bool),
+		gates: g, owner: owner, group: os.NewFile(uintptr(fd), "fanotify"), all: how.All, closed: how.Closed, dynamic: make(map[uint32]bool),
 		marked: make(map[uint32]string), oldest: make(map[int32]time.Time),
 	}
 	one.ctx, one.end = context.WithCancel(context.Background())
@@ -229,7 +237,7 @@ func (g *Gates) begin(owner event.MountNS) (*gate, error) {
 	one.name = event.MountNS{Inum: owner.Inum, ID: g.last}
 	g.named[one.name] = one
 	g.mu.Unlock()
-	if err := g.guard.add(one.name, one.group); err != nil { // before the first mark: nobody waits for a reader
+	if err := g.guard.add(one.name, guarded{one.group, how.Closed}); err != nil { // before the first mark: nobody waits for a reader
 		return nil, errors.Join(fmt.Errorf("gate of namespace %v: %w", owner, err), g.close(one))
 	}
 	return one, nil
@@ -400,17 +408,14 @@ func (g *Gates) haveEnded() bool {
 	return g.ended
 }
 
-// Shutdown closes all gates and ends the guard, unless what is not measured may not run: then the guard holds them closed until a
-// next agent has opened its own.
+// Shutdown ends all gates and their guard, but for those that are closed: the guard holds them so until a next agent has opened its own.
 func (g *Gates) Shutdown() error {
 	g.mu.Lock()
 	g.ended = true
 	all := slices.Collect(maps.Keys(g.gates))
 	g.mu.Unlock()
 	var errs []error
-	if g.config.Closed {
-		g.guard.leave()
-	}
+	g.guard.leave()
 	for _, owner := range all {
 		errs = append(errs, g.Close(owner))
 	}

@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 		agent, err := strconv.Atoi(os.Args[2])
 		ms, err2 := strconv.Atoi(os.Args[3])
 		if err = errors.Join(err, err2); err == nil {
-			err = Guard(3, agent, time.Duration(ms)*time.Millisecond, len(os.Args) > 4)
+			err = Guard(3, agent, time.Duration(ms)*time.Millisecond)
 		}
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -106,7 +106,7 @@ func (m *mounted) mounts(all ...Mount) Mounts {
 }
 
 func (m *mounted) open() {
-	if err := m.gates.Open(m.owner, m.mounts(Mount{m.dir, m.fsType, 1}, Mount{"/proc", "proc", 2}), Mounts{}, m.all); err != nil && !errors.Is(err, os.ErrClosed) {
+	if err := m.gates.Open(m.owner, m.mounts(Mount{m.dir, m.fsType, 1}, Mount{"/proc", "proc", 2}), Mounts{}, How{All: m.all}); err != nil && !errors.Is(err, os.ErrClosed) {
 		m.t.Error(err)
 	}
 }
@@ -377,7 +377,7 @@ func TestRenewedWhileAsked(t *testing.T) {
 	}})
 	_, ran := m.start("waits")
 	m.eventually("the question", func() bool { return m.asked.Load() == 1 })
-	if err := m.gates.Renew(m.owner, m.mounts(Mount{m.dir, m.fsType, 1}), Mounts{}, false); err != nil {
+	if err := m.gates.Renew(m.owner, m.mounts(Mount{m.dir, m.fsType, 1}), Mounts{}, How{}); err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(300 * time.Millisecond)
@@ -390,20 +390,34 @@ func TestRenewedWhileAsked(t *testing.T) {
 	m.eventually("it runs", func() bool { return exists(ran) && m.missed.Load() == 0 })
 }
 
-// Who waits when a closed gate's agent stops is turned away.
+// Who waits when the agent stops is turned away where the gate is closed, and let through elsewhere. A gate that is closed later is so from
+// then on.
 func TestClosedAtTheEnd(t *testing.T) {
-	m := mount(t, Config{Timeout: 10 * time.Second, Closed: true, Ask: func(ctx context.Context, _ event.MountNS, _ *Asked) error {
-		<-ctx.Done()
-		return ctx.Err()
-	}})
-	_, ran := m.start("waits")
-	m.eventually("the question", func() bool { return m.asked.Load() == 1 })
-	if err := m.gates.Shutdown(); err != nil {
-		t.Fatal(err)
-	}
-	time.Sleep(300 * time.Millisecond)
-	if exists(ran) {
-		t.Error("it ran")
+	for name, how := range map[string][]How{"closed": {{Closed: true}}, "later": {{}, {Closed: true}}, "opened": {{Closed: true}, {}}} {
+		t.Run(name, func(t *testing.T) {
+			m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(ctx context.Context, _ event.MountNS, _ *Asked) error {
+				<-ctx.Done()
+				return ctx.Err()
+			}})
+			for _, h := range how {
+				if err := m.gates.Open(m.owner, m.mounts(Mount{m.dir, m.fsType, 1}), Mounts{}, h); err != nil {
+					t.Fatal(err)
+				}
+			}
+			_, ran := m.start("waits")
+			m.eventually("the question", func() bool { return m.asked.Load() == 1 })
+			if err := m.gates.Shutdown(); err != nil {
+				t.Fatal(err)
+			}
+			if how[len(how)-1].Closed {
+				time.Sleep(300 * time.Millisecond)
+				if exists(ran) {
+					t.Error("it ran")
+				}
+				return
+			}
+			m.eventually("it runs", func() bool { return exists(ran) })
+		})
 	}
 }
 
@@ -440,7 +454,7 @@ func TestRenew(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Unmount(other, unix.MNT_DETACH) })
-	if err := m.gates.Renew(m.owner, m.mounts(Mount{other, "tmpfs", 1}), Mounts{}, false); err != nil {
+	if err := m.gates.Renew(m.owner, m.mounts(Mount{other, "tmpfs", 1}), Mounts{}, How{}); err != nil {
 		t.Fatal(err)
 	}
 	_, ran := m.start("gone")
@@ -465,7 +479,7 @@ func TestSpared(t *testing.T) {
 	}
 	t.Cleanup(func() { unix.Unmount(other, unix.MNT_DETACH) })
 	machine := m.mounts(Mount{other, m.fsType, 1}, Mount{filepath.Join(its, "gone"), m.fsType, 1}, Mount{t.TempDir(), "ext4", 3})
-	if err := m.gates.Open(m.owner, m.mounts(Mount{its, m.fsType, 1}), machine, false); err != nil {
+	if err := m.gates.Open(m.owner, m.mounts(Mount{its, m.fsType, 1}), machine, How{}); err != nil {
 		t.Fatal(err)
 	}
 	m.dir = other
@@ -483,7 +497,7 @@ func TestSpared(t *testing.T) {
 func TestOpenRefused(t *testing.T) {
 	m := mount(t, Config{Timeout: time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
 	other := event.MountNS{Inum: 1, ID: 2}
-	if err := m.gates.Open(other, m.mounts(Mount{"/proc", "proc", 1}), Mounts{}, false); err == nil {
+	if err := m.gates.Open(other, m.mounts(Mount{"/proc", "proc", 1}), Mounts{}, How{}); err == nil {
 		t.Error("a gate without a file system")
 	}
 	if m.gates.gates[other] != nil {

@@ -45,7 +45,13 @@ type guard struct {
 	conn int // -1: none runs
 	cmd  *exec.Cmd
 	stop chan struct{}
-	held map[event.MountNS]*os.File // groups by their names
+	held map[event.MountNS]guarded // by their names
+}
+
+// guarded is a group as the guard knows it.
+type guarded struct {
+	group  *os.File
+	closed bool
 }
 
 // guardState names a running guard.
@@ -55,7 +61,7 @@ type guardState struct {
 }
 
 func newGuard(c Config, args []string, stateFile string) *guard {
-	g := &guard{config: c, args: args, stateFile: stateFile, conn: -1, held: make(map[event.MountNS]*os.File)}
+	g := &guard{config: c, args: args, stateFile: stateFile, conn: -1, held: make(map[event.MountNS]guarded)}
 	var err error
 	if g.old, err = readGuard(stateFile); err != nil {
 		c.Log.Warn("gates that it holds closed stay so; end it by hand", zap.Error(err))
@@ -83,9 +89,6 @@ func (g *guard) run() error {
 		return fmt.Errorf("start the guard: %w", err)
 	}
 	args := append(append([]string(nil), g.args...), fmt.Sprint(os.Getpid()), fmt.Sprint((g.config.Timeout + hangAfter).Milliseconds()))
-	if g.config.Closed {
-		args = append(args, "closed")
-	}
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.ExtraFiles = []*os.File{end} // and no output: whoever reads the agent's waits for its end
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -101,7 +104,7 @@ func (g *guard) run() error {
 	go g.tell(g.conn, cmd, g.stop)
 	go g.listen(g.conn, cmd)
 	for name, group := range g.held {
-		if err := g.send(sayAdd, name, group); err != nil {
+		if err := g.sendGroup(name, group); err != nil {
 			close(g.stop)
 			g.conn = -1 // listen sees its end, and closes the socket
 			return errors.Join(fmt.Errorf("tell the guard of a gate: %w", err), cmd.Process.Kill())
@@ -203,18 +206,18 @@ func (g *guard) unmark() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for name, group := range g.held {
-		err := control(group, unmark)
+		err := control(group.group, unmark)
 		if err != nil {
 			g.config.Log.Error("take marks off", zap.Stringer("group", name), zap.Error(err))
 		}
 	}
 }
 
-func (g *guard) add(name event.MountNS, group *os.File) error {
+func (g *guard) add(name event.MountNS, group guarded) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.held[name] = group
-	return g.send(sayAdd, name, group)
+	return g.sendGroup(name, group)
 }
 
 func (g *guard) remove(name event.MountNS) error {
@@ -224,17 +227,17 @@ func (g *guard) remove(name event.MountNS) error {
 	if g.conn < 0 {
 		return nil
 	}
-	return g.send(sayRemove, name, nil)
+	return unix.Send(g.conn, appendName([]byte{sayRemove}, name), unix.MSG_NOSIGNAL)
 }
 
-// send is called with g.mu held.
-func (g *guard) send(what byte, name event.MountNS, group *os.File) error {
-	message := appendName([]byte{what}, name)
-	if group == nil {
-		return unix.Sendmsg(g.conn, message, nil, nil, unix.MSG_NOSIGNAL)
+// sendGroup is called with g.mu held.
+func (g *guard) sendGroup(name event.MountNS, group guarded) error {
+	what := byte(sayAdd)
+	if group.closed {
+		what = sayAddClosed
 	}
-	return control(group, func(fd int) error {
-		return unix.Sendmsg(g.conn, message, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL)
+	return control(group.group, func(fd int) error {
+		return unix.Sendmsg(g.conn, appendName([]byte{what}, name), unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL)
 	})
 }
 
@@ -257,13 +260,13 @@ func (g *guard) answered(number int32) {
 	}
 }
 
-// leave has the guard hold the gates closed when this process has ended.
+// leave has the guard hold those gates that are closed so when this process has ended.
 func (g *guard) leave() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.conn >= 0 {
 		if err := unix.Send(g.conn, []byte{sayLeave}, unix.MSG_NOSIGNAL); err != nil {
-			g.config.Log.Error("the gates will be open", zap.Error(err))
+			g.config.Log.Error("closed gates will be open", zap.Error(err))
 		}
 	}
 }

@@ -21,17 +21,17 @@ import (
 // questions. Those about what the agent and its descendants open it answers at once: the agent could not, as Go runs nothing else on a
 // processor whose thread waits for a child's exec, nor collects garbage. The others it hands on.
 //
-// While the agent says nothing for longer than patience, all who wait are let through, or turned away if closed, and the marks are taken
-// off. It returns when the agent has ended; if closed, and the agent did not end its gates itself, it goes on turning all away instead,
-// until it is killed.
-func Guard(conn, agent int, patience time.Duration, closed bool) error {
+// While the agent says nothing for longer than patience, all who wait are let through, and the marks are taken off; at a gate that is closed
+// they are turned away. It returns when the agent has ended; where gates are closed, and the agent did not end them itself, it goes on turning
+// all away instead, until it is killed.
+func Guard(conn, agent int, patience time.Duration) error {
 	null, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open /dev/null: %w", err)
 	}
 	standing.StayInMemory() // else it would hang where memory is short; who may not does without
 	w := &watch{
-		conn: conn, agent: agent, null: null, closed: closed, groups: make(map[event.MountNS]*group), waiting: make(map[int32]*group),
+		conn: conn, agent: agent, null: null, groups: make(map[event.MountNS]*group), waiting: make(map[int32]*group),
 		messages: make(chan message), asked: make(chan asked),
 	}
 	go w.listen()
@@ -71,7 +71,6 @@ type watch struct {
 	conn     int // to the agent
 	agent    int
 	null     int
-	closed   bool
 	leave    bool
 	groups   map[event.MountNS]*group
 	waiting  map[int32]*group // questions that were handed on, by their numbers, which are descriptors
@@ -93,6 +92,7 @@ type asked struct {
 type group struct {
 	name    event.MountNS
 	fd      int
+	closed  bool
 	readers []*reader
 }
 
@@ -202,7 +202,7 @@ func (w *watch) heard(text, control []byte) error {
 			delete(w.waiting, number)
 			unix.Close(int(number))
 		}
-	case text[0] == sayAdd:
+	case text[0] == sayAdd || text[0] == sayAddClosed:
 		fd, err := descriptorIn(control)
 		if err != nil {
 			return err
@@ -215,12 +215,12 @@ func (w *watch) heard(text, control []byte) error {
 		if before, ok := w.groups[name]; ok {
 			before.close()
 		}
-		g := &group{name: name, fd: fd}
+		g := &group{name: name, fd: fd, closed: text[0] == sayAddClosed}
 		w.groups[name] = g
 		return w.addReader(g)
-	case text[0] == sayRemove && len(text) == messageSize && !w.leave:
+	case text[0] == sayRemove && len(text) == messageSize:
 		name := nameIn(text)
-		if g, ok := w.groups[name]; ok {
+		if g, ok := w.groups[name]; ok && !(g.closed && w.leave) {
 			delete(w.groups, name)
 			for number, of := range w.waiting {
 				if of == g {
@@ -239,7 +239,7 @@ func (w *watch) heard(text, control []byte) error {
 // off by then, and what is asked still is let through.
 func (w *watch) orphaned(tick <-chan time.Time) error {
 	w.takeOver()
-	for w.closed && len(w.groups) > 0 || w.anyHangs() {
+	for w.anyIsClosed() || w.anyHangs() {
 		select {
 		case a := <-w.asked:
 			w.questions(a, false)
@@ -248,6 +248,15 @@ func (w *watch) orphaned(tick <-chan time.Time) error {
 		}
 	}
 	return nil // the kernel lets all through who wait
+}
+
+func (w *watch) anyIsClosed() bool {
+	for _, g := range w.groups {
+		if g.closed {
+			return true
+		}
+	}
+	return false
 }
 
 // anyHangs reports whether one of the readers does.
@@ -262,15 +271,15 @@ func (w *watch) anyHangs() bool {
 	return false
 }
 
-// takeOver answers what the agent was asked and did not answer, and takes the marks off, unless closed.
+// takeOver answers what the agent was asked and did not answer, and takes the marks off, but those of closed gates.
 func (w *watch) takeOver() {
 	for _, g := range w.groups {
-		if !w.closed {
+		if !g.closed {
 			unmark(g.fd)
 		}
 	}
 	for number, g := range w.waiting {
-		respond(g.fd, number, !w.closed) // one that was answered meanwhile is no question any more
+		respond(g.fd, number, !g.closed) // one that was answered meanwhile is no question any more
 		unix.Close(int(number))
 	}
 	clear(w.waiting)
@@ -295,7 +304,7 @@ func (w *watch) questions(a asked, handOn bool) {
 			of, err := proc.Namespace(pid, "mnt")
 			return err == nil && of == a.group.name.Inum
 		}
-		respond(a.group.fd, m.Fd, ours || !w.closed || !isBelow(int(m.Pid), inside))
+		respond(a.group.fd, m.Fd, ours || !a.group.closed || !isBelow(int(m.Pid), inside))
 		unix.Close(int(m.Fd))
 	}
 }

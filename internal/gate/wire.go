@@ -16,11 +16,12 @@ import (
 // The agent tells its guard, a message each: a byte of these and a group's name, which is a number in 8 bytes and the namespace's inode number
 // in 4, little endian, or for sayAnswered a question's number in 4.
 const (
-	sayAdd      = 'a' // with the group's descriptor (SCM_RIGHTS)
-	sayRemove   = 'r'
-	sayAlive    = 'h' // alone; the guard says it back
-	sayLeave    = 'l' // alone; when the agent has ended: hold the gates closed
-	sayAnswered = 'n' // alone but for the number
+	sayAdd       = 'a' // with the group's descriptor (SCM_RIGHTS)
+	sayAddClosed = 'c' // the same, of a gate that is closed while nobody answers
+	sayRemove    = 'r'
+	sayAlive     = 'h' // alone; the guard says it back
+	sayLeave     = 'l' // alone; closed gates are not removed any more, but held so when the agent has ended
+	sayAnswered  = 'n' // alone but for the number
 	// And the guard the agent:
 	sayAsked   = 'q' // the group, the task in 4 bytes, the question's number in 4, 1 in one if the file is to run; with the file's descriptor
 	sayDropped = 'd' // alone; it took the agent for hanging and let all through

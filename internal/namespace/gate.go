@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"syscall"
 	"time"
 
@@ -27,18 +26,48 @@ const (
 	GateOff  GateMode = "off"
 	GateExec GateMode = "exec" // of programs, scripts and interpreters that are about to run
 	GateAll  GateMode = "all"  // and of each ELF file, which may be mapped executable
+	// The same, closed: what was not measured in time may not be used, and nothing that needs an answer while no agent gives one.
+	GateExecClosed GateMode = "exec-closed"
+	GateAllClosed  GateMode = "all-closed"
 )
 
 // GateModes are all modes.
-func GateModes() []GateMode { return []GateMode{GateOff, GateExec, GateAll} }
+func GateModes() []GateMode {
+	return []GateMode{GateOff, GateExec, GateAll, GateExecClosed, GateAllClosed}
+}
+
+// Holds reports whether anything waits. The zero mode is as GateOff.
+func (m GateMode) Holds() bool { return m != "" && m != GateOff }
+
+// All reports whether more waits than what is about to run.
+func (m GateMode) All() bool { return m == GateAll || m == GateAllClosed }
+
+// Closed reports whether what is not measured may not be used.
+func (m GateMode) Closed() bool { return m == GateExecClosed || m == GateAllClosed }
+
+// and returns the mode that holds up what either does, and is closed if either is.
+func (m GateMode) and(n GateMode) GateMode {
+	all, closed := m.All() || n.All(), m.Closed() || n.Closed()
+	switch {
+	case !m.Holds() && !n.Holds():
+		return GateOff
+	case all && closed:
+		return GateAllClosed
+	case closed:
+		return GateExecClosed
+	case all:
+		return GateAll
+	}
+	return GateExec
+}
 
 // ErrNoGates means that the agent was started without gates.
 var ErrNoGates = fmt.Errorf("this agent holds nothing up: %w", syscall.ENOTSUP)
 
 // Gates hold up opens; see package gate. They ask the tree, from goroutines of theirs, by Below and Ask.
 type Gates interface {
-	Open(ns event.MountNS, all bool) error
-	Renew(ns event.MountNS, all bool) error // the same, and file systems that are gone are watched no more
+	Open(ns event.MountNS, mode GateMode) error
+	Renew(ns event.MountNS, mode GateMode) error // the same, and file systems that are gone are watched no more
 	Close(ns event.MountNS) error
 	Flush(ns event.MountNS) error // ask about everything anew
 	Settled(f *event.File)        // the content that the hook saw needs no question any more
@@ -71,11 +100,8 @@ func (t *Tree) SetGate(ctx context.Context, ns event.MountNS, mode GateMode) err
 	return s.record()
 }
 
-// holds is how much a mode holds up, to compare it with others.
-func (m GateMode) holds() int { return max(slices.Index(GateModes(), m), 0) }
-
-// RaiseGate gives a container whose first program does not run yet the gate that it asks for, or the default if that is more. One that
-// holds up as much already stays as it is. The namespace is made active, with the policy for new namespaces, if it is not.
+// RaiseGate gives a container whose first program does not run yet the gate that it asks for, and what the default has more. One that
+// has all that already stays as it is. The namespace is made active, with the policy for new namespaces, if it is not.
 func (t *Tree) RaiseGate(ctx context.Context, ns event.MountNS, mode GateMode) error {
 	s, ok := t.known(ns)
 	switch {
@@ -91,10 +117,7 @@ func (t *Tree) RaiseGate(ctx context.Context, ns event.MountNS, mode GateMode) e
 	if err := s.begin(ctx); err != nil {
 		return err
 	}
-	if t.config.Gate.holds() > mode.holds() {
-		mode = t.config.Gate
-	}
-	return s.raiseGate(mode)
+	return s.raiseGate(t.config.Gate.and(mode))
 }
 
 // gateByDefault opens the gate that a container gets. One that can't be had is no reason to refuse the container its list.
@@ -108,7 +131,7 @@ func (s *State) gateByDefault() {
 }
 
 func (s *State) raiseGate(mode GateMode) error {
-	if mode.holds() <= s.gate.holds() {
+	if mode = s.gate.and(mode); !mode.Holds() || mode == s.gate {
 		return nil
 	}
 	if err := s.openGate(mode); err != nil {
@@ -128,7 +151,7 @@ func (s *State) gateSettles() {
 		return
 	}
 	s.gateEarly = false
-	if err := s.tree.config.Gates.Renew(s.ns, s.gate == GateAll); err != nil {
+	if err := s.tree.config.Gates.Renew(s.ns, s.gate); err != nil {
 		s.tree.log.Warn("a gate goes on watching file systems that its namespace does not have", zap.Stringer("ns", s.ns), zap.Error(err))
 		return
 	}
@@ -143,20 +166,20 @@ func (t *Tree) ReopenGates() {
 	t.mu.Lock()
 	var gated []*State
 	for _, s := range t.states {
-		if s.gate == GateExec || s.gate == GateAll {
+		if s.gate.Holds() {
 			gated = append(gated, s)
 		}
 	}
 	t.mu.Unlock()
 	for _, s := range gated {
-		if err := t.config.Gates.Open(s.ns, s.gate == GateAll); err != nil {
+		if err := t.config.Gates.Open(s.ns, s.gate); err != nil {
 			t.log.Error("programs of a namespace are not held up until they are measured", zap.Stringer("ns", s.ns), zap.Error(err))
 		}
 	}
 }
 
 func (s *State) openGate(mode GateMode) error {
-	if err := s.tree.config.Gates.Open(s.ns, mode == GateAll); err != nil {
+	if err := s.tree.config.Gates.Open(s.ns, mode); err != nil {
 		return err
 	}
 	s.setGate(mode, sinceBoot())
@@ -172,7 +195,7 @@ func (s *State) gateMissed() {
 		return
 	}
 	s.gateLooked = time.Now()
-	if err := s.tree.config.Gates.Open(s.ns, s.gate == GateAll); err != nil {
+	if err := s.tree.config.Gates.Open(s.ns, s.gate); err != nil {
 		s.tree.log.Warn("look for new file systems", zap.Stringer("ns", s.ns), zap.Error(err))
 	}
 }
@@ -188,7 +211,7 @@ func (s *State) gates(ev *event.File) bool {
 	if ev.Boottime < s.gateSince {
 		return false
 	}
-	return s.gate == GateAll || s.gate == GateExec && ev.Func == ima.BPRMCheck
+	return s.gate.All() || s.gate.Holds() && ev.Func == ima.BPRMCheck
 }
 
 // Below reports whether the namespace of an inode number is ns or below it, and whether that is known: the inode number is that of a task

@@ -97,7 +97,7 @@ func (r *Request) Ask(annotations map[string]string) error {
 
 func checkGate(gate string) error {
 	if !slices.Contains(Gates(), gate) {
-		return &FieldError{annotation(AnnotationGate), quote(gate), `want "off", "exec" or "all"`}
+		return &FieldError{annotation(AnnotationGate), quote(gate), `want "off", "exec", "all", "exec-closed" or "all-closed"`}
 	}
 	return nil
 }

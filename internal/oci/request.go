@@ -18,7 +18,7 @@ const (
 )
 
 // Gates are what a container can ask to have held up until it is measured, each more than the one before. It gets no less than others do.
-func Gates() []string { return []string{"off", "exec", "all"} }
+func Gates() []string { return []string{"off", "exec", "all", "exec-closed", "all-closed"} }
 
 // Request is what a container asks for. Everything in it is claimed by whoever wrote the spec.
 type Request struct {
