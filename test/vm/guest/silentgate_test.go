@@ -277,16 +277,8 @@ func TestNeverSilentGateWayHangs(t *testing.T) {
 	sample(t, "6.12")
 	g := startGated(t, startAgent(t, "--namespaces", "all", "--gate-timeout", "20s"), "exec")
 	hanging := g.dir + "/hanging"
-	sh(t, "mkdir -p "+g.dir+"/behind/below "+hanging)
-	server := g.command("loopback", g.dir+"/behind", hanging)
-	if err := server.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		server.Process.Kill()
-		server.Wait()
-	})
-	g.waitsFor("it is mounted", func() bool { return g.command("mountpoint", "-q", hanging).Run() == nil })
+	sh(t, "mkdir -p "+g.dir+"/behind/below")
+	server := g.serves(g.dir+"/behind", hanging, "1")
 	g.runs("mount", "-t", "tmpfs", "none", hanging+"/below")
 	server.Process.Signal(syscall.SIGSTOP)
 	time.Sleep(2 * time.Second) // what the kernel knows of a name is good for a second
@@ -514,16 +506,16 @@ func (g *gated) waitsUntilGated() {
 }
 
 // What runs while there is no agent is told of when there is one again, and the gate is back. A closed gate lets nothing run meanwhile, but
-// what it does not concern.
+// what it does not concern: another namespace may have a gate that is not closed.
 func TestNeverSilentGateKilled(t *testing.T) {
 	sample(t, "6.1")
 	for _, closed := range []bool{false, true} {
 		t.Run(fmt.Sprintf("closed=%v", closed), func(t *testing.T) {
-			args := []string{"--namespaces", "all", "--gate-timeout", "20s"}
+			a, mode := startAgent(t, "--namespaces", "all", "--gate-timeout", "20s"), "exec"
 			if closed {
-				args = append(args, "--gate-closed")
+				mode = "exec-closed"
 			}
-			g := startGated(t, startAgent(t, args...), "exec")
+			g, other := startGated(t, a, mode), startGated(t, a, "exec")
 			g.runs("/bin/sh", "-c", ":")
 			path, ran := g.script("between")
 			g.signal(syscall.SIGKILL)
@@ -534,6 +526,8 @@ func TestNeverSilentGateKilled(t *testing.T) {
 			own := tempDir(t, "/root") + "/own"
 			makeProgram(t, own)
 			runProgram(t, own)
+			theirs, _ := other.script("theirs")
+			other.runs(theirs)
 			g.start()
 			if v := g.violations(); !closed && v[path] != 1 || closed && len(v) != 0 {
 				t.Errorf("violations %v", v)
