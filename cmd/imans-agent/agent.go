@@ -64,7 +64,7 @@ start takes over where this one stopped; imans-agent unload takes them out.`,
 	f.IntVar(&c.PCR, "pcr", 10, "PCR of the native list; not one that the kernel's own IMA extends")
 	f.StringVar(&c.NSTPM, "ns-tpm", "swtpm", "TPMs of the other namespaces: swtpm or none")
 	f.StringVar(&c.Swtpm, "swtpm", "swtpm", "the swtpm program")
-	f.StringVar(&c.SwtpmUser, "swtpm-user", "", "user that containers' vTPMs run as (default: the agent's own)")
+	f.StringVar(&c.SwtpmUser, "swtpm-user", "", "user that all vTPMs run as, a name or a number (default: each as one of its own, by a number that nothing else has)")
 	f.IntVar(&c.Pool, "vtpm-pool", 0, "how many vTPMs to keep ready for containers; without, each is made when it is asked for")
 	f.StringVar(&c.PolicyDir, "policy-dir", "/etc/imans/policies", "folder of the policies that containers may name")
 	f.StringVar(&c.NRI.Socket, "nri", agent.NoNRI, "containerd's or CRI-O's NRI socket, such as /var/run/nri/nri.sock: Kubernetes' containers that ask for a vTPM get it")

@@ -31,6 +31,7 @@ import (
 	"imans.dev/imans-agent/internal/policy"
 	"imans.dev/imans-agent/internal/reach"
 	"imans.dev/imans-agent/internal/standing"
+	"imans.dev/imans-agent/internal/vtpm"
 )
 
 // Config is what the command line says.
@@ -45,7 +46,7 @@ type Config struct {
 	PCR       int    // of the native list
 	NSTPM     string // "swtpm" or "none"
 	Swtpm     string // the program's name or path
-	SwtpmUser string // that vTPMs of containers run as; "": the agent's own
+	SwtpmUser string // that vTPMs run as; "": each as one of its own
 	Pool      int    // vTPMs kept ready for containers
 	PolicyDir string // policies that containers may name
 	NRI       NRI
@@ -259,6 +260,9 @@ func prepare(c Config, kernelDigests bool, log *zap.Logger) (namespace.Config, e
 	if c.Pool < 0 {
 		return none, usage("--vtpm-pool %d: want 0 or more", c.Pool)
 	}
+	if err := vtpm.CheckUser(c.SwtpmUser); err != nil {
+		return none, usage("--swtpm-user: %w", err)
+	}
 	if c.PCR < 0 || c.PCR > 23 {
 		return none, usage("--pcr %d: want 0 to 23", c.PCR)
 	}
@@ -267,7 +271,7 @@ func prepare(c Config, kernelDigests bool, log *zap.Logger) (namespace.Config, e
 	}
 	switch c.NSTPM {
 	case "swtpm":
-		t.Swtpm = c.Swtpm
+		t.Swtpm, t.SwtpmUser = c.Swtpm, c.SwtpmUser
 	case "none":
 	default:
 		return none, usage("--ns-tpm %s: want swtpm or none", c.NSTPM)

@@ -63,12 +63,16 @@ func openTPM(ctx context.Context, c Config) (*tpmext.TPM, error) {
 	return tpm, nil
 }
 
-// nativeVTPM says where the native list's software TPM lives: its keys outlive the boot, its socket does not. It runs as the agent's own
-// user, so that nothing that runs as the user of containers' vTPMs reaches it.
+// nativeVTPM says where the native list's software TPM lives: its keys outlive the boot, its socket does not. It runs as a user of its own
+// even where all others have one in common (--swtpm-user): none of them reaches it. It is root's where they are, as some machine may not let others run swtpm.
 func nativeVTPM(c Config) vtpm.Config {
-	return vtpm.Config{
+	config := vtpm.Config{
 		Program: c.Swtpm, Dir: filepath.Join(c.StateDir, "native-tpm"), Socket: filepath.Join(c.RunDir, "tpm", "native"),
 	}
+	if c.SwtpmUser == "root" || c.SwtpmUser == "0" {
+		config.User = c.SwtpmUser
+	}
+	return config
 }
 
 // openSoftware finds the software TPM that an earlier agent of this boot left, or starts it. boot is the folder of this boot's state.
@@ -124,6 +128,7 @@ func identifySoftware(ctx context.Context, c Config, dir string) error {
 	if err != nil {
 		return err
 	}
+	c.SwtpmUser = nativeVTPM(c).User
 	pool, err := openPool(ctx, c, authority)
 	if err != nil {
 		return err

@@ -214,7 +214,7 @@ func (s *State) parentNS() event.MountNS {
 // vtpmConfig is that of a vTPM of the namespace's own.
 func (s *State) vtpmConfig() vtpm.Config {
 	return vtpm.Config{
-		Program: s.tree.config.Swtpm, Dir: filepath.Join(s.dir, "tpm"),
+		Program: s.tree.config.Swtpm, User: s.tree.config.SwtpmUser, Dir: filepath.Join(s.dir, "tpm"),
 		Socket: filepath.Join(s.tree.config.RunDir, "tpm", fmt.Sprintf("%d-%d", s.ns.Inum, s.ns.ID)),
 	}
 }

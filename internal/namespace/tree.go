@@ -53,6 +53,7 @@ type Config struct {
 	NativeSocket string         // address of NativeTPM if that is a program; "": it is the machine's own
 	NativePCR    int
 	Swtpm        string // program; "": lists of namespaces are not anchored
+	SwtpmUser    string // as vtpm.Config.User
 	// OpenTPM opens a vTPM that an earlier agent attached, as the Attachment's TPM and Share were opened; nil: none was shared.
 	OpenTPM  func(context.Context, *vtpm.Instance) (*tpmext.TPM, io.Closer, error)
 	Template string

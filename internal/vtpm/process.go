@@ -87,7 +87,7 @@ func run(c Config, lock, vtpmx *os.File) (*process, error) {
 		p.cmd.ExtraFiles = append(p.cmd.ExtraFiles, p.device.server)
 	}
 	if err := startWithoutPrivileges(p.cmd); errors.Is(err, os.ErrPermission) {
-		return nil, fmt.Errorf("%w; let the user that swtpm runs as (%q) execute it", err, c.User)
+		return nil, fmt.Errorf("%w; let every user execute it and read its libraries, and run with CAP_SETUID and CAP_SETGID, or give --swtpm-user root", err)
 	} else if err != nil {
 		return nil, fmt.Errorf("%w; install the package swtpm, or run with --ns-tpm none (the native list: --tpm none)", err)
 	}

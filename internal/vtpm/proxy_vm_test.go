@@ -21,11 +21,11 @@ import (
 	"imans.dev/imans-agent/internal/tpmext"
 )
 
-// proxyConfig is an instance by device, of a user without privileges.
+// proxyConfig is an instance by device.
 func proxyConfig(t *testing.T) Config {
 	t.Helper()
 	c := config(t)
-	c.Socket, c.Proxy, c.User = "", true, unprivileged
+	c.Socket, c.Proxy = "", true
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := exec.Command("sh", "-c", "dmesg | grep -i tpm | tail -20").CombinedOutput()

@@ -3,6 +3,7 @@ package vtpm
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -14,17 +15,44 @@ import (
 	"imans.dev/imans-agent/internal/durable"
 )
 
+// Numbers of users, of which each process is given one for as long as it runs. Those below are systemd's for containers (to 1879048191) and
+// sssd's for a directory's users (to 2000200000), those above systemd's for foreign file systems (from 2147352576).
+const (
+	ownFirst = 2013265920 // 0x78000000
+	ownCount = 1 << 26
+)
+
+// noID is the number that the kernel takes for none.
+const noID = 1<<32 - 1
+
+// CheckUser reports whether a name or number can be Config.User.
+func CheckUser(name string) error {
+	_, err := Config{User: name}.credential()
+	return err
+}
+
 // credential returns whom swtpm runs as, without supplementary groups; nil: as the agent.
 func (c Config) credential() (*syscall.Credential, error) {
-	if c.User == "" {
+	switch {
+	case c.User == "" && os.Geteuid() != 0:
 		return nil, nil
+	case c.User == "":
+		return ownCredential(), nil
+	case c.User == "root":
+		return &syscall.Credential{}, nil
+	}
+	number, notNumeric := strconv.ParseUint(c.User, 10, 32)
+	if errors.Is(notNumeric, strconv.ErrRange) || notNumeric == nil && number == noID {
+		return nil, fmt.Errorf("user %s: want a number from 0 to %d, or a name", c.User, noID-1)
 	}
 	u, err := user.Lookup(c.User)
-	if _, numeric := strconv.ParseUint(c.User, 10, 32); err != nil && numeric == nil {
-		u, err = user.LookupId(c.User)
+	if err != nil && notNumeric == nil {
+		if u, err = user.LookupId(c.User); err != nil {
+			return &syscall.Credential{Uid: uint32(number), Gid: uint32(number)}, nil // it needs no name
+		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w; make it (useradd --system --no-create-home %s), or name another", err, c.User)
+		return nil, fmt.Errorf("%w; make it (useradd --system --no-create-home %s), or give another, or a number", err, c.User)
 	}
 	uid, err := strconv.ParseUint(u.Uid, 10, 32)
 	if err != nil {
@@ -35,6 +63,22 @@ func (c Config) credential() (*syscall.Credential, error) {
 		return nil, fmt.Errorf("user %s has the group %q: %w", c.User, u.Gid, err)
 	}
 	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
+}
+
+// ownCredential returns a user and a group that no process on the machine has. Nothing holds the number until the process runs: another start
+// would have to draw the same of 67 million meanwhile.
+func ownCredential() *syscall.Credential {
+	number := ownFirst + rand.Uint32N(ownCount)
+	for isUser(number) {
+		number = ownFirst + rand.Uint32N(ownCount)
+	}
+	return &syscall.Credential{Uid: number, Gid: number}
+}
+
+// isUser reports whether some process is the user of that number.
+func isUser(number uint32) bool {
+	_, err := unix.Getpriority(unix.PRIO_USER, int(number))
+	return !errors.Is(err, unix.ESRCH)
 }
 
 // openState makes and opens the folder that swtpm works in, and hands over what is there to the user that swtpm runs as. The names
@@ -61,7 +105,7 @@ func openState(c Config, owner *syscall.Credential) (*os.File, error) {
 		err = dir.Chown(int(owner.Uid), int(owner.Gid))
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("hand %s over to user %d: %w", path, owner.Uid, err), dir.Close())
+		return nil, errors.Join(fmt.Errorf("hand %s over to user %d: %w; run with CAP_CHOWN, or with --swtpm-user root", path, owner.Uid, err), dir.Close())
 	}
 	return dir, nil
 }

@@ -18,6 +18,8 @@
 //
 // A folder holds process.json, lock, swtpm.log, identity.json and ek.der, which are root's, and state, which is the user's that
 // swtpm runs as. swtpm gets the folder state by a descriptor: it can reach nothing else of it, whatever the modes of the parents.
+// Unless Config.User says otherwise each process is a user of its own, by a number that it has as long as it runs: no instance can
+// read, signal or trace another.
 package vtpm
 
 import (
@@ -64,7 +66,7 @@ type Config struct {
 	Socket  string  // where its socket is to be found, unless Proxy; absolute, at most 102 bytes, the control channel is SOCKET.ctrl; or ""
 	Proxy   bool    // the instance is a device of the kernel's vTPM proxy driver; Adopt does not ask, the folder tells
 	Version Version // Adopt does not ask, the folder tells
-	User    string  // name or number of the user that swtpm runs as; "": the agent's own
+	User    string  // name or number of the user that swtpm runs as; "": one that no other process has, or the agent's own if that is not root
 	Restart bool    // Start uses a folder whose instance is lost
 	// Password encrypts what the instance keeps (AES-256, the key by PBKDF2); "": not encrypted. Nothing here keeps it.
 	Password string `json:"-"`
