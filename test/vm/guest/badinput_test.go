@@ -64,6 +64,10 @@ func TestMainJobBadSurroundings(t *testing.T) {
 	t.Run("no TPM", func(t *testing.T) {
 		newAgent(t, "--tpm", "/dev/tpm99").refused(3, "/dev/tpm99", "--tpm swtpm", "--tpm none")
 	})
+	t.Run("no such user", func(t *testing.T) {
+		newAgent(t, "--swtpm-user", "user-that-is-not-there").refused(2, "--swtpm-user", "user-that-is-not-there", "useradd")
+		newAgent(t, "--swtpm-user", "4294967295").refused(2, "--swtpm-user", "0 to 4294967294")
+	})
 	t.Run("a PCR that something else extended", func(t *testing.T) {
 		a := newAgent(t)
 		before := run(t, "tpm2_pcrread", "-T", "device:/dev/tpmrm0", "sha256:10")

@@ -122,11 +122,64 @@ func TestNeverSilentProtected(t *testing.T) {
 	}
 }
 
-// Once it has started, the agent has the capabilities and system calls that it needs and no others; so has what it starts, and swtpm has none.
+// asTPM returns what whoever has taken over a swtpm can do to the machine, the agent and other vTPMs, by names. Nothing of it harms.
+func (a *agent) asTPM(t *testing.T, pid string, others []string) string {
+	t.Helper()
+	status := readFile(t, "/proc/"+pid+"/status")
+	line := fmt.Sprintf(`tried() { what=$1; shift; if "$@" >/dev/null 2>&1; then echo $what; fi; }
+opened() { : >>"$1"; }
+tried own cat /proc/%s/fd/4/tpm2-00.permall
+tried core_pattern opened /proc/sys/kernel/core_pattern
+tried agent kill -0 %d
+for pid in %s; do
+	tried state cat /proc/$pid/fd/4/tpm2-00.permall
+	tried signal kill -0 $pid
+	tried memory head -c 0 /proc/$pid/mem
+done
+tried folders ls %s`, pid, a.cmd.Process.Pid, strings.Join(others, " "), a.dir)
+	return strings.Join(strings.Fields(run(t, "setpriv", "--reuid", field(t, status, "Uid:"), "--regid", field(t, status, "Gid:"), "--clear-groups",
+		"--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "bash", "-c", line)), " ")
+}
+
+// swtpmsOfEachKind returns the processes of the native list's TPM, of a namespace's own, and of two containers', one of which was ready in the pool.
+func swtpmsOfEachKind(t *testing.T, a *agent) map[string]string {
+	t.Helper()
+	useWrapper(t, a)
+	a.pooled(1)
+	for _, id := range []string{"pooled", "other"} {
+		startBundle(t, "runc", tenantRoot(t), id, nil)
+	}
+	a.pooled(1) // none is being made any more
+	g := startGated(t, a, "exec")
+	return map[string]string{
+		"native": strconv.Itoa(a.softwarePID()), "namespace": g.tpm,
+		"pooled": a.swtpmOf(a.dir + "/state/containers/pooled/"), "other": a.swtpmOf(a.dir + "/state/containers/other/"),
+	}
+}
+
+// Once it has started, the agent has the capabilities and system calls that it needs and no others; so has what it starts. Each swtpm has no
+// capability, and reaches nothing that is not its own.
 func TestNeverSilentConfined(t *testing.T) {
 	sample(t, "6.12")
-	a := startAgent(t, "--namespaces", "all", "--gate", "exec")
-	startGated(t, a, "exec")
+	a := startAgent(t, "--namespaces", "all", "--gate", "exec", "--tpm", "swtpm", "--vtpm-pool", "1")
+	kinds := swtpmsOfEachKind(t, a)
+	users := map[string]string{"0": "root"}
+	for kind, pid := range kinds {
+		uid := field(t, readFile(t, "/proc/"+pid+"/status"), "Uid:")
+		if other, ok := users[uid]; ok {
+			t.Errorf("the user of %s, %s, is that of %s", kind, uid, other)
+		}
+		users[uid] = kind
+		var others []string
+		for other, pid := range kinds {
+			if other != kind {
+				others = append(others, pid)
+			}
+		}
+		if got := a.asTPM(t, pid, others); got != "own" {
+			t.Errorf("who has taken over the swtpm of %s can reach: %q, want its own state alone", kind, got)
+		}
+	}
 	const needed = 0x8008ac11ef // of package confine
 	swtpms := 0
 	pids := a.processes()
@@ -157,6 +210,39 @@ func TestNeverSilentConfined(t *testing.T) {
 	out, err := exec.Command(program, append(a.folders(), "--policy", "exec", "--confine=false")...).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "another imans-agent is running") {
 		t.Errorf("--confine=false: %v %s", err, out)
+	}
+}
+
+// vTPMs of an agent that ran them as root go on with the next, which has users for them.
+func TestNeverSilentConfinedUpgrade(t *testing.T) {
+	sample(t, "6.12")
+	a := newAgent(t, "--namespaces", "all", "--tpm", "swtpm")
+	plain := a.args
+	a.args = append(plain[:len(plain):len(plain)], "--swtpm-user", "root")
+	a.start()
+	b := startUnshared(t, 1, a.windowDir())
+	b.sh("true")
+	a.settled(b.ns())
+	own, native := a.swtpmOf(fmt.Sprintf("%s/run/tpm/%s-", a.dir, b.ns())), strconv.Itoa(a.softwarePID())
+	a.signal(syscall.SIGKILL)
+	a.args = plain
+	a.start()
+	b.sh("printf '#!/bin/sh\n' >/tmp/upgraded; chmod 755 /tmp/upgraded; /tmp/upgraded")
+	a.verifyNow(b.ns())
+	for old, now := range map[string]string{own: a.swtpmOf(fmt.Sprintf("%s/run/tpm/%s-", a.dir, b.ns())), native: strconv.Itoa(a.softwarePID())} {
+		if uid := field(t, readFile(t, "/proc/"+now+"/status"), "Uid:"); now != old || uid != "0" {
+			t.Errorf("process %s of user %s is the TPM now, it was %s of root", now, uid, old)
+		}
+	}
+	later := startUnshared(t, 1, a.windowDir())
+	later.sh("true")
+	a.settled(later.ns())
+	pid := a.swtpmOf(fmt.Sprintf("%s/run/tpm/%s-", a.dir, later.ns()))
+	if got := a.asTPM(t, pid, []string{own, native}); got != "own" {
+		t.Errorf("beside vTPMs of root's who has taken over another can reach: %q", got)
+	}
+	if got := a.asTPM(t, own, []string{native}); got != "own core_pattern agent state signal memory folders" {
+		t.Errorf("who has taken over root's can reach: %q", got)
 	}
 }
 
