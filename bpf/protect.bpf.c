@@ -6,6 +6,9 @@
  *   task_kill              signals
  *   file_send_sigiotask    signals that a descriptor sends
  *   task_setrlimit         limits; going over that of processor time ends a process
+ *   task_setscheduler      scheduler, processors, timer slack
+ *   task_setnice           nice value
+ *   task_setioprio         how soon its disk accesses are served
  *   ptrace_access_check    ptrace, /proc/PID and all else that asks for the same right
  *   inode_unlink, inode_rename
  *                          the pins
@@ -105,6 +108,30 @@ int BPF_PROG(imans_file_send_sigiotask, struct task_struct *task, struct fown_st
 
 SEC("lsm/task_setrlimit")
 int BPF_PROG(imans_task_setrlimit, struct task_struct *task, unsigned int resource, struct rlimit *limit, int ret)
+{
+	if (!ret && imans_is_protected(task) && imans_is_outsider())
+		return imans_refuse();
+	return ret;
+}
+
+SEC("lsm/task_setscheduler")
+int BPF_PROG(imans_task_setscheduler, struct task_struct *task, int ret)
+{
+	if (!ret && imans_is_protected(task) && imans_is_outsider())
+		return imans_refuse();
+	return ret;
+}
+
+SEC("lsm/task_setnice")
+int BPF_PROG(imans_task_setnice, struct task_struct *task, int nice, int ret)
+{
+	if (!ret && imans_is_protected(task) && imans_is_outsider())
+		return imans_refuse();
+	return ret;
+}
+
+SEC("lsm/task_setioprio")
+int BPF_PROG(imans_task_setioprio, struct task_struct *task, int ioprio, int ret)
 {
 	if (!ret && imans_is_protected(task) && imans_is_outsider())
 		return imans_refuse();

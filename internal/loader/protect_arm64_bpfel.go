@@ -32,7 +32,10 @@ const (
 	protectProgImansPtraceAccessCheck = "imans_ptrace_access_check"
 	protectProgImansTaskAlloc         = "imans_task_alloc"
 	protectProgImansTaskKill          = "imans_task_kill"
+	protectProgImansTaskSetioprio     = "imans_task_setioprio"
+	protectProgImansTaskSetnice       = "imans_task_setnice"
 	protectProgImansTaskSetrlimit     = "imans_task_setrlimit"
+	protectProgImansTaskSetscheduler  = "imans_task_setscheduler"
 	protectVarImansFolders            = "imans_folders"
 	protectVarImansHostMntns          = "imans_host_mntns"
 )
@@ -85,7 +88,10 @@ type protectProgramSpecs struct {
 	ImansPtraceAccessCheck *ebpf.ProgramSpec `ebpf:"imans_ptrace_access_check"`
 	ImansTaskAlloc         *ebpf.ProgramSpec `ebpf:"imans_task_alloc"`
 	ImansTaskKill          *ebpf.ProgramSpec `ebpf:"imans_task_kill"`
+	ImansTaskSetioprio     *ebpf.ProgramSpec `ebpf:"imans_task_setioprio"`
+	ImansTaskSetnice       *ebpf.ProgramSpec `ebpf:"imans_task_setnice"`
 	ImansTaskSetrlimit     *ebpf.ProgramSpec `ebpf:"imans_task_setrlimit"`
+	ImansTaskSetscheduler  *ebpf.ProgramSpec `ebpf:"imans_task_setscheduler"`
 }
 
 // protectMapSpecs contains maps before they are loaded into the kernel.
@@ -153,7 +159,10 @@ type protectPrograms struct {
 	ImansPtraceAccessCheck *ebpf.Program `ebpf:"imans_ptrace_access_check"`
 	ImansTaskAlloc         *ebpf.Program `ebpf:"imans_task_alloc"`
 	ImansTaskKill          *ebpf.Program `ebpf:"imans_task_kill"`
+	ImansTaskSetioprio     *ebpf.Program `ebpf:"imans_task_setioprio"`
+	ImansTaskSetnice       *ebpf.Program `ebpf:"imans_task_setnice"`
 	ImansTaskSetrlimit     *ebpf.Program `ebpf:"imans_task_setrlimit"`
+	ImansTaskSetscheduler  *ebpf.Program `ebpf:"imans_task_setscheduler"`
 }
 
 func (p *protectPrograms) Close() error {
@@ -164,7 +173,10 @@ func (p *protectPrograms) Close() error {
 		p.ImansPtraceAccessCheck,
 		p.ImansTaskAlloc,
 		p.ImansTaskKill,
+		p.ImansTaskSetioprio,
+		p.ImansTaskSetnice,
 		p.ImansTaskSetrlimit,
+		p.ImansTaskSetscheduler,
 	)
 }
 

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Protection keeps who is in a container from processes and from the pins: signals, limits, ptrace and /proc are refused there, and so is
-// removing a pin. What a protected process starts is protected from its birth. It outlives the agent, as Kernel does.
+// Protection keeps who is in a container from processes and from the pins: signals, limits, scheduling, ptrace and /proc are refused there, and so
+// is removing a pin. What a protected process starts is protected from its birth. It outlives the agent, as Kernel does.
 type Protection struct{ held }
 
 // protectionDir is the folder of its pins, beside the others.
@@ -46,6 +46,7 @@ func OpenProtection(pinDir string) (*Protection, error) {
 		maps: []string{protectMapProtectedProcesses, protectMapRefusals},
 		programs: []string{
 			protectProgImansTaskAlloc, protectProgImansTaskKill, protectProgImansFileSendSigiotask, protectProgImansTaskSetrlimit,
+			protectProgImansTaskSetscheduler, protectProgImansTaskSetnice, protectProgImansTaskSetioprio,
 			protectProgImansPtraceAccessCheck, protectProgImansInodeRename, protectProgImansInodeUnlink,
 		},
 		build: [sha256.Size]byte(h.Sum(nil)),
