@@ -24,17 +24,43 @@ var fromContainer = []string{"unshare", "--mount"}
 func attempts(t *testing.T, start []string, pins string, pids ...string) string {
 	t.Helper()
 	line := fmt.Sprintf(`tried() { what=$1; shift; if "$@" >/dev/null 2>&1; then echo $what; fi; }
+as_it_is() { old=$(cat $1) && echo $old >$1; }
 there_and_back() { mv "$1" "$1-moved" && mv "$1-moved" "$1"; }
 for pid in %s; do
 	tried signal kill -0 $pid
 	tried descriptors readlink /proc/$pid/fd/1
 	tried program readlink /proc/$pid/exe
 	tried limit prlimit --pid $pid --core=0:0
+	thread=$(ls /proc/$pid/task | tail -n 1)
+	tried processors taskset -p $(taskset -p $thread | sed 's/.* //') $thread
+	tried scheduler chrt --other -p 0 $pid
+	tried nice renice -n $(ps -o ni= -p $pid) -p $pid
+	tried disk ionice -c 0 -p $pid
+	tried slack as_it_is /proc/$pid/timerslack_ns
 done
 tried pin there_and_back %[2]s/link_imans_mmap_file
 tried folder there_and_back %[2]s`, strings.Join(pids, " "), pins)
 	args := append(start[:len(start):len(start)], "bash", "-c", line)
 	return strings.Join(strings.Fields(run(t, args[0], args[1:]...)), " ")
+}
+
+// harm is what attempts calls all that it can do to a process.
+const harm = "signal descriptors program limit processors scheduler nice disk slack"
+
+// notKeptOff makes sure that the protection is worth what docs/security.md says, and no more: these ways are open to who has the capabilities.
+func notKeptOff(t *testing.T, pid string) {
+	t.Helper()
+	for what, line := range map[string]string{
+		"entering the host's mount namespace": "nsenter --mount=/proc/1/ns/mnt kill -0 $0",
+		"oom_score_adj":                       "old=$(cat /proc/$0/oom_score_adj) && echo $old >/proc/$0/oom_score_adj",
+		"a cgroup": `home=/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/$0/cgroup) && mkdir /sys/fs/cgroup/held && cd /sys/fs/cgroup/held &&
+echo $0 >cgroup.procs && echo 1 >cgroup.freeze && until grep -q 'frozen 1' cgroup.events; do sleep 0.1; done
+echo 0 >cgroup.freeze && echo $0 >$home/cgroup.procs && cd / && rmdir /sys/fs/cgroup/held`,
+	} {
+		if status, out := exits(t, fromContainer[0], append(fromContainer[1:len(fromContainer):len(fromContainer)], "bash", "-ec", line, pid)...); status != 0 {
+			t.Errorf("%s is refused now, mend docs/security.md: exit status %d: %s", what, status, out)
+		}
+	}
 }
 
 // signalByDescriptor has a pipe of this process send SIGKILL.
@@ -61,7 +87,7 @@ func signalByDescriptor(t *testing.T, pid int) {
 func TestNeverSilentProtected(t *testing.T) {
 	a := startAgent(t, "--namespaces", "all")
 	pins := "/sys/fs/bpf/" + filepath.Base(a.dir)
-	all := "signal descriptors program limit pin folder"
+	all := harm + " pin folder"
 	if got := attempts(t, fromContainer, pins, strconv.Itoa(a.cmd.Process.Pid)); got != all {
 		t.Errorf("without protection: %q, want %q", got, all)
 	}
@@ -97,8 +123,9 @@ func TestNeverSilentProtected(t *testing.T) {
 	if status, _ := exits(t, "unshare", "--user", "--map-root-user", "kill", "-0", pids[0]); status == 0 {
 		t.Error("protected: a signal from another user namespace")
 	}
+	notKeptOff(t, swtpm)
 	signalByDescriptor(t, a.cmd.Process.Pid)
-	if got := attempts(t, []string{"env"}, pins, pids...); strings.Count(got, "signal descriptors program limit") != len(pids) || !strings.HasSuffix(got, "pin folder") {
+	if got := attempts(t, []string{"env"}, pins, pids...); strings.Count(got, harm) != len(pids) || !strings.HasSuffix(got, "pin folder") {
 		t.Errorf("protected, from the host: %q", got)
 	}
 	awaitLog(t, a, "were refused")
