@@ -74,7 +74,7 @@ start takes over where this one stopped; imans-agent unload takes them out.`,
 	f.StringVar(&c.Gate.Mode, "gate", "exec", "what waits in containers with a vTPM until it is measured and extended: off, exec (programs), all (what may be mapped, too), or one of exec-closed and all-closed: see --gate-closed")
 	f.DurationVar(&c.Gate.Timeout, "gate-timeout", 5*time.Second, "how long it waits at most; then it is used, and a violation says so")
 	f.BoolVar(&c.Gate.Closed, "gate-closed", false, "every gate is closed: what was not measured by then may not be used, and nothing may that needs an answer while the agent is down")
-	f.BoolVar(&c.Protect, "protect", false, "let the kernel refuse who is in a container signals and ptrace to the agent and its vTPMs, and the removal of its pins")
+	f.BoolVar(&c.Protect, "protect", false, "let the kernel refuse who is in a container signals, limits, scheduling and ptrace to the agent and its vTPMs, and the removal of its pins")
 	f.BoolVar(&c.Confine, "confine", true, "give up the capabilities and the system calls that a running agent does not need")
 	f.IntVar(&c.Nice, "nice", -10, "how soon the agent runs among others, from -20 to 19, the latest; 0 is as any program")
 	f.IntVar(&c.OOMAdj, "oom-score-adj", -999, "whom the kernel ends when memory runs out, from -1000, never the agent and its vTPMs, to 1000, they first")
