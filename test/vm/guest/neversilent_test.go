@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -40,10 +41,14 @@ func openForWriting(path string, flags int, write string) error {
 // writerCase is a way to open a file for writing.
 type writerCase struct {
 	name string
+	says string                          // the same in words
 	do   func(t *testing.T, path string) // the file is there and was not measured yet
 	want int                             // violations that name the file
 	less int                             // of them on an overlay whose file is of a lower layer: a mapping of that is not concerned
 }
+
+// openBefore is the case of a file that is open for writing before it is measured: the violation is open_writers there, else tomtou.
+const openBefore = "open for writing already"
 
 // writerCases are ways to open measured files for writing, while they are in use or not. The agent has looked before each change, or it
 // would find the file changed.
@@ -56,11 +61,11 @@ func writerCases(a *agent) []writerCase {
 		}
 	}
 	return []writerCase{
-		{"in use", func(t *testing.T, path string) {
+		{"in use", "it is mapped, and changed", func(t *testing.T, path string) {
 			defer mapped(t, path)()
 			write(t, path, os.O_APPEND, "changed")
 		}, 1, 1},
-		{"open", func(t *testing.T, path string) {
+		{"open", "its descriptor is open as well", func(t *testing.T, path string) {
 			f, err := os.Open(path)
 			if err != nil {
 				t.Fatal(err)
@@ -69,35 +74,35 @@ func writerCases(a *agent) []writerCase {
 			defer mapped(t, path)()
 			write(t, path, os.O_APPEND, "changed")
 		}, 1, 0},
-		{"in use, not changed", func(t *testing.T, path string) {
+		{"in use, not changed", "it is opened for writing twice, and not changed", func(t *testing.T, path string) {
 			defer mapped(t, path)()
 			write(t, path, 0, "")
 			write(t, path, 0, "")
 		}, 1, 1},
-		{"for reading and writing", func(t *testing.T, path string) {
+		{"for reading and writing", "it is opened for reading and writing", func(t *testing.T, path string) {
 			defer mapped(t, path)()
 			a.caughtUp()
 			sh(t, "exec 3<>"+path)
 		}, 1, 1},
-		{"truncated", func(t *testing.T, path string) {
+		{"truncated", "it is truncated by its opening", func(t *testing.T, path string) {
 			defer mapped(t, path)()
 			write(t, path, os.O_TRUNC, "")
 		}, 1, 1},
-		{"by another link", func(t *testing.T, path string) {
+		{"by another link", "it is opened by another link", func(t *testing.T, path string) {
 			defer mapped(t, path)()
 			if err := os.Link(path, path+".link"); err != nil {
 				t.Error(err)
 			}
 			write(t, path+".link", os.O_APPEND, "changed")
 		}, 1, 1},
-		{"again, with new content", func(t *testing.T, path string) {
+		{"again, with new content", "changed, mapped anew, changed again", func(t *testing.T, path string) {
 			release := mapped(t, path)
 			write(t, path, os.O_APPEND, "changed")
 			release()
 			defer mapped(t, path)()
 			write(t, path, os.O_APPEND, "again")
 		}, 2, 1},
-		{"open for writing already", func(t *testing.T, path string) {
+		{openBefore, "it is open for writing before it is mapped", func(t *testing.T, path string) {
 			f, err := os.OpenFile(path, os.O_RDWR, 0)
 			if err != nil {
 				t.Fatal(err)
@@ -106,21 +111,21 @@ func writerCases(a *agent) []writerCase {
 			mapped(t, path)()
 			a.caughtUp()
 		}, 1, 0},
-		{"not in use any more", func(t *testing.T, path string) {
+		{"not in use any more", "it is not mapped any more", func(t *testing.T, path string) {
 			mapped(t, path)()
 			write(t, path, os.O_APPEND, "changed")
 		}, 0, 0},
-		{"read only by others", func(t *testing.T, path string) {
+		{"read only by others", "others open it for reading", func(t *testing.T, path string) {
 			defer mapped(t, path)()
 			a.caughtUp()
 			sh(t, "cat "+path+" >/dev/null")
 		}, 0, 0},
-		{"replaced", func(t *testing.T, path string) {
+		{"replaced", "another file takes its name", func(t *testing.T, path string) {
 			defer mapped(t, path)()
 			a.caughtUp()
 			sh(t, fmt.Sprintf("cp %[1]s %[1]s.new && mv %[1]s.new %[1]s", path))
 		}, 0, 0},
-		{"a running program", func(t *testing.T, path string) {
+		{"a running program", "it is a running program (ETXTBSY)", func(t *testing.T, path string) {
 			sh(t, "cp /bin/busybox "+path)
 			cmd := exec.Command(path)
 			cmd.Args[0] = "cat"
@@ -164,9 +169,14 @@ func writerPlaces(t *testing.T) map[string]string {
 // A file that is opened for writing while someone has it open as measured is a violation of its name, once for each content.
 func TestNeverSilentWriters(t *testing.T) {
 	a := startAgent(t)
+	own := a.settled("native").Name()
 	for i, c := range writerCases(a) {
 		t.Run(c.name, func(t *testing.T) {
 			a := a.in(t)
+			reason := "tomtou"
+			if c.name == openBefore {
+				reason = "open_writers"
+			}
 			places := writerPlaces(t)
 			if short() && i > 1 {
 				places = map[string]string{"disk": places["disk"], lowerPlace: places[lowerPlace]}
@@ -181,6 +191,10 @@ func TestNeverSilentWriters(t *testing.T) {
 				measured, violations := names(a.list("native"))
 				if violations[path] != want || measured[path] == 0 {
 					t.Errorf("%s: %d violations, want %d; %d entries", place, violations[path], want, measured[path])
+				}
+				said := fmt.Sprintf(`"msg":"violation","reason":"%s","file":"%s","ns":"%s"`, reason, path, own)
+				if n := strings.Count(a.log.String(), said); n != want {
+					t.Errorf("%s: the agent's log has %d records %s, want %d: %s", place, n, said, want, tail(a.log.String(), 1000))
 				}
 			}
 		})

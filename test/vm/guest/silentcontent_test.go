@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"os"
@@ -18,32 +19,37 @@ import (
 	"imans.dev/imans-agent/internal/imalog"
 )
 
-// contentWays are ways to change what a path runs. Each is a line of shell that has the path as $p; "" as the last: the path that runs
-// then, if it is another.
-var contentWays = []struct{ name, line, then string }{
-	{"append", `printf changed >>$p`, ""},
-	{"overwrite", `printf CHANGED | dd of=$p bs=1 seek=140 conv=notrunc status=none`, ""},
-	{"write anew", `head -c 300 $p >$p.new; printf anew >>$p.new; cat $p.new >$p`, ""},
-	{"truncate", `truncate -s -3 $p`, ""},
-	{"store", `mapstore $p 140 STORED`, ""},
-	{"direct", `head -c 4096 /dev/zero >>$p; sync $p; printf 'DIRECT%506s' ' ' | dd of=$p bs=512 seek=4 oflag=direct conv=notrunc status=none || printf no >>$p`, ""},
-	{"rename over", `(cat $p; printf other) >$p.new; chmod 755 $p.new; mv $p.new $p`, ""},
-	{"unlink", `(cat $p; printf other) >$p.new; rm $p; cp $p.new $p; chmod 755 $p`, ""},
-	{"another link", `ln $p $p.link; printf linked >>$p.link`, ""},
-	{"mount over", `(cat $p; printf over) >$p.over; chmod 755 $p.over; mount --bind $p.over $p`, ""},
-	{"move the mount", `mkdir $p.d && mount -t tmpfs m $p.d && mount --make-private $p.d && mkdir $p.d/a $p.d/b && mount -t tmpfs n $p.d/a &&
-		cp $p $p.d/a/p && $p.d/a/p && mount --move $p.d/a $p.d/b && printf moved >>$p.d/b/p`, ".d/b/p"},
+// contentWay is a way to change what a path runs: a line of shell that has the path as $p.
+type contentWay struct {
+	name, line string
+
+	before      string // a line that is run first
+	first, then string // what is added to the path for what runs before and after the change
+}
+
+var contentWays = []contentWay{
+	{name: "append", line: `printf changed >>$p`},
+	{name: "overwrite", line: `printf CHANGED | dd of=$p bs=1 seek=140 conv=notrunc status=none`},
+	{name: "write anew", line: `head -c 300 $p >$p.new; printf anew >>$p.new; cat $p.new >$p`},
+	{name: "truncate", line: `truncate -s -3 $p`},
+	{name: "store through a mapping", line: `mapstore $p 140 STORED`},
+	{name: "write by O_DIRECT", line: `head -c 4096 /dev/zero >>$p; sync $p; printf 'DIRECT%506s' ' ' | dd of=$p bs=512 seek=4 oflag=direct conv=notrunc status=none || printf no >>$p`},
+	{name: "rename over", line: `(cat $p; printf other) >$p.new; chmod 755 $p.new; mv $p.new $p`},
+	{name: "unlink", line: `(cat $p; printf other) >$p.new; rm $p; cp $p.new $p; chmod 755 $p`},
+	{name: "another link", line: `ln $p $p.link; printf linked >>$p.link`},
+	{name: "mount over", line: `(cat $p; printf over) >$p.over; chmod 755 $p.over; mount --bind $p.over $p`},
+	{name: "move the mount", line: `mount --move $p.d/a $p.d/b && printf moved >>$p.d/b/p`, first: ".d/a/p", then: ".d/b/p",
+		before: `mkdir $p.d && mount -t tmpfs m $p.d && mount --make-private $p.d && mkdir $p.d/a $p.d/b && mount -t tmpfs n $p.d/a && cp $p $p.d/a/p`},
 }
 
 // However a file changes between two runs, its list has what ran: the digest, or with the agent's digests a violation, and never another.
 func TestNeverSilentContent(t *testing.T) {
-	sample(t, "6.18")
 	for _, mode := range []string{"kernel", "agent"} {
 		t.Run(mode, func(t *testing.T) {
 			a := startAgent(t, "--digest", mode)
-			for _, place := range contentPlaces(t) {
-				if short() && place.fs != "ext4" && (mode == "agent" || !slices.Contains([]string{"overlayfs", "FUSE", "NFS"}, place.fs)) {
-					continue
+			for i, place := range contentPlaces(t) {
+				if short() && mode == "agent" && i > 0 {
+					break
 				}
 				t.Run(place.fs, func(t *testing.T) {
 					a := a.in(t)
@@ -52,17 +58,13 @@ func TestNeverSilentContent(t *testing.T) {
 						path := fmt.Sprintf("%s/p%d", place.dir, i)
 						makeProgram(t, path)
 						time.Sleep(50 * time.Millisecond) // else its content is too young to be known again
-						want := contentWant{way: way.name, paths: []string{path}}
-						want.run(t, path)
+						want := way.want(t, path)
+						want.run(t, path+way.first)
 						a.caughtUp()
-						sh(t, fmt.Sprintf("p=%s; sleep 0.02; %s", path, way.line))
-						if way.then != "" {
-							want.paths = append(want.paths, path+way.then, path+".d/a/p")
-						}
+						way.change(t, path)
 						want.run(t, path+way.then)
 						a.caughtUp()
 						wants = append(wants, want)
-						t.Cleanup(func() { exec.Command("sh", "-c", fmt.Sprintf("umount -l %[1]s %[1]s.d", path)).Run() })
 					}
 					wants = append(wants, place.changedBehind(t, a)...)
 					list := a.list("native")
@@ -76,6 +78,21 @@ func TestNeverSilentContent(t *testing.T) {
 	}
 }
 
+// want prepares a program for the change.
+func (w contentWay) want(t *testing.T, path string) contentWant {
+	t.Helper()
+	t.Cleanup(func() { exec.Command("sh", "-c", fmt.Sprintf("umount -l %[1]s %[1]s.d", path)).Run() })
+	if w.before != "" {
+		sh(t, fmt.Sprintf("p=%s; %s", path, w.before))
+	}
+	return contentWant{way: w.name, paths: []string{path + w.first, path + w.then}}
+}
+
+func (w contentWay) change(t *testing.T, path string) {
+	t.Helper()
+	sh(t, fmt.Sprintf("p=%s; sleep 0.02; %s", path, w.line))
+}
+
 // contentWant is what ran by some paths.
 type contentWant struct {
 	way   string
@@ -86,11 +103,17 @@ type contentWant struct {
 // run runs a program, whose content is what its digest says.
 func (w *contentWant) run(t *testing.T, path string) {
 	t.Helper()
+	w.is(t, path)
+	runProgram(t, path)
+}
+
+// is notes what a file is that is about to be used.
+func (w *contentWant) is(t *testing.T, path string) {
+	t.Helper()
 	content, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	runProgram(t, path)
 	w.sums = append(w.sums, digestOf(content))
 }
 
@@ -159,32 +182,39 @@ func runOddCode(t *testing.T, dir string) []oddRun {
 	if err := os.WriteFile(dir+"/misc", magic, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	sh(t, fmt.Sprintf(`m=/proc/sys/fs/binfmt_misc; [ -e $m/register ] || mount -t binfmt_misc b $m; printf ':imans:M::IMANSodd::%s:' >$m/register; %s/misc; echo -1 >$m/imans`, other, dir))
-	did("binfmt_misc", sum, digestOf(magic))
+	registerOdd(t, other)
+	runProgram(t, dir+"/misc")
+	did("a file by binfmt_misc, and its interpreter", sum, digestOf(magic))
 	linked := dir + "/linked"
 	sh(t, fmt.Sprintf("cp /bin/true %[1]s; printf x >>%[1]s; /lib64/ld-linux-x86-64.so.2 %[1]s", linked))
-	did("by ld.so", "sha256:"+sh(t, "sha256sum "+linked+" | cut -c 1-64"))
+	did("a program by ld.so", "sha256:"+sh(t, "sha256sum "+linked+" | cut -c 1-64"))
 	later, sum := file("later")
 	mapExecutableLater(t, later)
-	did("mprotect", sum)
+	did("a mapping made executable (mprotect)", sum)
 	implied, sum := file("implied")
 	mapImplied(t, implied)
-	did("READ_IMPLIES_EXEC", sum)
+	did("a mapping with READ_IMPLIES_EXEC", sum)
+	remapped, sum := file("remapped")
+	remapImplied(t, remapped)
+	did("remap_file_pages with READ_IMPLIES_EXEC", sum)
 	old := dir + "/32-bit"
 	if err := os.WriteFile(old, tinyProgram32(old), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	runProgram(t, old)
 	did("a 32-bit program", digestOf(tinyProgram32(old)))
-	for _, way := range []string{"chroot %[1]s/root /p", "unshare -m sh -c 'cd %[1]s/root && mount --bind . . && cd . && cd %[1]s/root && pivot_root . old && exec /p'"} {
+	for _, c := range []struct{ name, way string }{
+		{"in a chroot", "chroot %[1]s/root /p"},
+		{"after pivot_root", "unshare -m sh -c 'cd %[1]s/root && mount --bind . . && cd . && cd %[1]s/root && pivot_root . old && exec /p'"},
+	} {
 		root := dir + "/root"
 		sh(t, fmt.Sprintf("rm -rf %[1]s; mkdir -p %[1]s/old", root))
-		content := tinyProgram(way)
+		content := tinyProgram(c.way)
 		if err := os.WriteFile(root+"/p", content, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		sh(t, fmt.Sprintf(way, dir))
-		did(way[:7], digestOf(content))
+		sh(t, fmt.Sprintf(c.way, dir))
+		did(c.name, digestOf(content))
 	}
 	return runs
 }
@@ -211,6 +241,17 @@ func mapImplied(t *testing.T, path string) {
 		`my $a = syscall(9, 0, 4096, 1, 2, fileno(F), 0); $a != -1 or die $!` // mmap(PROT_READ, MAP_PRIVATE)
 	if out, err := exec.Command("perl", "-e", mmap, path).CombinedOutput(); err != nil {
 		t.Fatalf("map with READ_IMPLIES_EXEC: %v %s", err, out)
+	}
+}
+
+// remapImplied maps a file for reading, then has the mapping made anew in a process whose personality makes that executable.
+func remapImplied(t *testing.T, path string) {
+	t.Helper()
+	const remap = `open F, "+<", $ARGV[0] or die; my $a = syscall(9, 0, 4096, 1, 1, fileno(F), 0); $a != -1 or die $!; ` + // mmap(PROT_READ, MAP_SHARED), which is none where it is open for reading only
+		`syscall(135, 0x0400000) >= 0 or die $!; syscall(216, $a, 4096, 0, 0, 0) == 0 or die $!; ` + // personality(READ_IMPLIES_EXEC), remap_file_pages
+		`open M, "<", "/proc/self/maps" or die; grep { /^\S+ r-xs .*\Q$ARGV[0]\E$/ } <M> or die "not executable"`
+	if out, err := exec.Command("perl", "-e", remap, path).CombinedOutput(); err != nil {
+		t.Fatalf("remap with READ_IMPLIES_EXEC: %v %s", err, out)
 	}
 }
 
@@ -246,6 +287,77 @@ func TestNeverSilentOddCode(t *testing.T) {
 			a.verifyNow("native")
 		})
 	}
+}
+
+// insideWays are odd ways to run a file p, of a folder $d, in a namespace of its own.
+var insideWays = []struct{ name, line string }{
+	{"chroot", `chroot $d /p`},
+	{"pivot_root", `cd $d && mount --bind . . && cd $d && pivot_root . old && /p`},
+	{"binfmt_misc", `$d/misc`},
+	{"a script", `$d/script`},
+	{"a descriptor", `exec 9<$d/p && /proc/self/fd/9`},
+}
+
+// What a namespace runs in an odd way is in its own list, and in the native one.
+func TestNeverSilentOddCodeInside(t *testing.T) {
+	sample(t, "6.18")
+	for _, mode := range []string{"kernel", "agent"} {
+		t.Run(mode, func(t *testing.T) {
+			a := startAgent(t, "--digest", mode, "--namespaces", "all", "--ns-tpm", "none")
+			for _, way := range insideWays {
+				dir := tempDir(t, "/root")
+				sh(t, "mkdir "+dir+"/old")
+				sums := []string{fmt.Sprintf("sha256:%x", makeProgram(t, dir+"/p"))}
+				for name, text := range map[string]string{"script": "#!" + dir + "/p\n", "misc": "IMANSodd\n" + dir} {
+					if err := os.WriteFile(dir+"/"+name, []byte(text), 0o755); err != nil {
+						t.Fatal(err)
+					}
+					if strings.HasSuffix(way.line, "/"+name) {
+						sums = append(sums, digestOf([]byte(text)))
+					}
+				}
+				registerOdd(t, dir+"/p")
+				ns := runInside(t, fmt.Sprintf("d=%s; %s", dir, way.line))
+				for _, name := range []string{ns, "native"} {
+					list := a.list(name)
+					found := digestsOf(list)
+					_, violations := names(list)
+					for _, sum := range sums {
+						// By another root's path the agent finds the file while its process is there only.
+						if found[sum] != 1 && (mode == "kernel" || violations["/p"] == 0) || mode == "kernel" && len(violations) > 0 {
+							t.Errorf("%s: %d entries with %s in the list of %s, violations %v", way.name, found[sum], sum, name, violations)
+						}
+					}
+				}
+				if found := digestsOf(a.list(runInside(t, ":"))); found[sums[0]] > 0 {
+					t.Errorf("%s: it is in a neighbour's list", way.name)
+				}
+			}
+		})
+	}
+}
+
+// registerOdd has a program interpret files that begin with IMANSodd, until the test ends.
+func registerOdd(t *testing.T, interpreter string) {
+	t.Helper()
+	sh(t, fmt.Sprintf("m=/proc/sys/fs/binfmt_misc; [ -e $m/register ] || mount -t binfmt_misc b $m; ! [ -e $m/imans ] || echo -1 >$m/imans; printf ':imans:M::IMANSodd::%s:' >$m/register", interpreter))
+	t.Cleanup(func() { os.WriteFile("/proc/sys/fs/binfmt_misc/imans", []byte("-1"), 0) })
+}
+
+// runInside runs a line of shell in a namespace of its own, which lives until the test ends, and returns its name.
+func runInside(t *testing.T, line string) string {
+	t.Helper()
+	cmd := exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-c", "{ "+line+"; } && echo ran; read line")
+	in, err := cmd.StdinPipe()
+	out, errOut := cmd.StdoutPipe()
+	if err = errors.Join(err, errOut, cmd.Start()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close(); cmd.Wait() })
+	if said, err := bufio.NewReader(out).ReadString('\n'); said != "ran\n" {
+		t.Errorf("%s: %q, %v", line, said, err)
+	}
+	return fmt.Sprint(mountNS(t, cmd.Process.Pid))
 }
 
 // Who enters a namespace from outside is measured in it from then on.

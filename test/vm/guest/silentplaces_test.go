@@ -5,7 +5,9 @@ package guest
 import (
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"slices"
 	"testing"
 )
 
@@ -15,18 +17,47 @@ type contentPlace struct {
 	behind  string // the same folder where the file system's server has it; none: it has none
 }
 
-// contentPlaces makes one of each kind.
+// contentKinds make a place of each kind.
+var contentKinds = []struct {
+	fs   string
+	make func(t *testing.T) contentPlace
+}{
+	{"ext4", func(t *testing.T) contentPlace { return contentPlace{dir: tempDir(t, "/root")} }},
+	{"tmpfs", func(t *testing.T) contentPlace { return contentPlace{dir: tempDir(t, "/tmp")} }},
+	{"xfs", func(t *testing.T) contentPlace { return onDisk(t, "xfs") }},
+	{"btrfs", func(t *testing.T) contentPlace { return onDisk(t, "btrfs") }},
+	{"overlayfs", func(t *testing.T) contentPlace {
+		return contentPlace{dir: mountOverlay(t, func(string) {}) + "/merged"}
+	}},
+	{"FUSE", loopback},
+	{"NFS", nfs},
+}
+
+// contentShares are the kinds that a kernel has when time is short: all of them on one or the other.
+var contentShares = map[string][]string{"6.1": {"xfs", "tmpfs"}, "6.12": {"btrfs", "overlayfs"}, "6.18": {"ext4", "FUSE", "NFS"}}
+
+// contentPlaces makes one of each kind, or of those that are this kernel's share.
 func contentPlaces(t *testing.T) []contentPlace {
 	t.Helper()
-	places := []contentPlace{{fs: "ext4", dir: tempDir(t, "/root")}, {fs: "tmpfs", dir: tempDir(t, "/tmp")}}
-	for _, fs := range []string{"xfs", "btrfs"} {
-		dir := tempDir(t, "/root")
-		sh(t, fmt.Sprintf("truncate -s 320M %[1]s/disk && mkfs.%[2]s -q %[1]s/disk && mkdir %[1]s/mnt && mount -o loop %[1]s/disk %[1]s/mnt", dir, fs))
-		t.Cleanup(func() { exec.Command("umount", "-l", dir+"/mnt").Run() })
-		places = append(places, contentPlace{fs: fs, dir: dir + "/mnt"})
+	var places []contentPlace
+	for _, kind := range contentKinds {
+		if short() && !slices.Contains(contentShares[os.Getenv("IMANS_VM_KERNEL")], kind.fs) {
+			continue
+		}
+		place := kind.make(t)
+		place.fs = kind.fs
+		places = append(places, place)
 	}
-	overlay := mountOverlay(t, func(string) {})
-	return append(places, contentPlace{fs: "overlayfs", dir: overlay + "/merged"}, loopback(t), nfs(t))
+	return places
+}
+
+// onDisk makes a file system of a kind in a file.
+func onDisk(t *testing.T, fs string) contentPlace {
+	t.Helper()
+	dir := tempDir(t, "/root")
+	sh(t, fmt.Sprintf("truncate -s 320M %[1]s/disk && mkfs.%[2]s -q %[1]s/disk && mkdir %[1]s/mnt && mount -o loop %[1]s/disk %[1]s/mnt", dir, fs))
+	t.Cleanup(func() { exec.Command("umount", "-l", dir+"/mnt").Run() })
+	return contentPlace{dir: dir + "/mnt"}
 }
 
 // loopback mounts a folder through FUSE.
@@ -43,7 +74,7 @@ func loopback(t *testing.T) contentPlace {
 	if _, err := out.Read(make([]byte, 1)); err != nil {
 		t.Fatalf("mount through FUSE: %v", err)
 	}
-	return contentPlace{"FUSE", dir + "/mnt", dir + "/behind"}
+	return contentPlace{dir: dir + "/mnt", behind: dir + "/behind"}
 }
 
 // nfs exports a folder by the kernel's NFS server, and mounts it from there. Version 4 alone needs no rpcbind.
@@ -59,7 +90,7 @@ mountpoint -q /var/lib/nfs/rpc_pipefs || mount -t rpc_pipefs rpc /var/lib/nfs/rp
 exportfs -o rw,no_root_squash,no_subtree_check,fsid=0,insecure 127.0.0.1:%[1]s/behind
 nfsdcld >/dev/null 2>&1 </dev/null
 rpc.nfsd --no-nfs-version 3 --grace-time 10 4 && rpc.mountd --no-nfs-version 3 >/dev/null 2>&1 </dev/null && timeout 60 mount -t nfs -o vers=4.2 127.0.0.1:/ mnt`, dir))
-	return contentPlace{"NFS", dir + "/mnt", dir + "/behind"}
+	return contentPlace{dir: dir + "/mnt", behind: dir + "/behind"}
 }
 
 // behindWays are ways to change a file where the client does not see it: by the server. Each is a line of shell that has its path as $p.
