@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // disk is a file system whose device fails when it is told to: a device-mapper target over a loop device.
@@ -40,15 +42,21 @@ func newDisk(t *testing.T, mount, options string) *disk {
 	return d
 }
 
+// failsAll is a device of which nothing can be read or written.
+const failsAll = "all"
+
 func (d *disk) up() {
 	d.t.Helper()
 	sh(d.t, fmt.Sprintf("mount %s %s", d.device, d.mount))
 }
 
-// table is that of a device whose writes fail; none: of one that works.
+// table is that of a device whose writes fail, or all that is not in memory; none: of one that works.
 func (d *disk) table(fails string) string {
-	if fails == "" {
+	switch fails {
+	case "":
 		return fmt.Sprintf("0 %s linear %s 0", d.sectors, d.loop)
+	case failsAll:
+		return fmt.Sprintf("0 %s error", d.sectors)
 	}
 	return fmt.Sprintf("0 %s flakey %s 0 0 3600 1 %s", d.sectors, d.loop, fails)
 }
@@ -120,6 +128,66 @@ func TestNeverSilentDiskFaults(t *testing.T) {
 			a.eachOnce(digests, true)
 			a.verify("native")
 		})
+	}
+}
+
+// A program's disk fails before it is hashed: a violation names it, and says why. When the disk is well again, so is its entry.
+func TestNeverSilentReadErrors(t *testing.T) {
+	sample(t, "6.1")
+	for _, mode := range []string{"agent", "kernel"} {
+		t.Run(mode, func(t *testing.T) {
+			a := startAgent(t, "--digest", mode)
+			own := a.settled("native").Name()
+			dir := tempDir(t, "/root") + "/mnt"
+			d := newDisk(t, dir, "-O ^has_journal")
+			sums := map[string]string{}
+			for name, size := range map[string]int{"small": 300 << 10, "large": 20 << 20} { // the agent maps the one and reads the other
+				path := dir + "/" + name
+				content := append(tinyProgram(path), bytes.Repeat([]byte(path+"\n"), size/(len(path)+1))...)
+				if err := os.WriteFile(path, content, 0o755); err != nil {
+					t.Fatal(err)
+				}
+				sums[path] = digestOf(content)
+			}
+			sh(t, "sync && echo 1 >/proc/sys/vm/drop_caches") // files, but not their names
+			for path := range sums {
+				firstPage(t, path)
+			}
+			d.set(failsAll)
+			for path := range sums {
+				runProgram(t, path)
+			}
+			a.caughtUp()
+			measured, violations := names(a.list("native"))
+			for path := range sums {
+				if measured[path] != 0 || violations[path] == 0 {
+					t.Errorf("%s: %d entries, %d violations", path, measured[path], violations[path])
+				}
+				awaitLog(t, a, fmt.Sprintf(`"reason":"read_error","file":"%s","ns":"%s"`, path, own))
+			}
+			d.set("")
+			for path := range sums {
+				runProgram(t, path)
+			}
+			a.eachOnce(sums, true)
+			a.verifyNow("native")
+		})
+	}
+}
+
+// firstPage has the kernel keep the first page of a file, and no other.
+func firstPage(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_RANDOM); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.ReadAt(make([]byte, 512), 0); err != nil {
+		t.Fatal(err)
 	}
 }
 

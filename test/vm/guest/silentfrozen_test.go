@@ -5,15 +5,19 @@ package guest
 import (
 	"fmt"
 	"os"
+	"os/exec"
+	"syscall"
 	"testing"
 	"time"
 )
+
+// successes is how often the machine slept.
+const successes = "/sys/power/suspend_stats/success"
 
 // The machine goes to sleep while programs run, as far as the freezing of all its tasks, and wakes after five seconds: the kernel's own test
 // of that (pm_test). It counts them with a loop, which is over sooner on an emulated processor with Linux 6.1. Devices don't sleep: the virtual
 // machine's file systems (9p) don't outlive that. Nothing is lost, and the registers replay.
 func TestNeverSilentFrozen(t *testing.T) {
-	const successes = "/sys/power/suspend_stats/success" // how often the machine slept
 	sample(t, "6.12")
 	if _, err := os.Stat("/sys/power/pm_test"); err != nil {
 		t.Skipf("the kernel has no test of its own: %v", err)
@@ -38,6 +42,38 @@ func TestNeverSilentFrozen(t *testing.T) {
 	}
 	a.eachOnce(digests, true)
 	c.check()
+}
+
+// What waits at a gate sleeps with the machine, and goes on afterwards: it runs when its TPM has it, and nothing is said of it.
+func TestNeverSilentFrozenAtGate(t *testing.T) {
+	sample(t, "6.18")
+	if _, err := os.Stat("/sys/power/pm_test"); err != nil {
+		t.Skipf("the kernel has no test of its own: %v", err)
+	}
+	g := startGated(t, startAgent(t, "--namespaces", "all", "--gate-timeout", "1m"), "exec")
+	g.runs("/bin/sh", "-c", ":") // what the script needs is measured
+	path, ran := g.script("sleeps")
+	g.signalTPM(syscall.SIGSTOP)
+	cmd := g.command(path)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	g.waitsFor("it waits", func() bool { return heldUp(t, cmd.Process.Pid) })
+	times := readFile(t, successes)
+	out, err := exec.Command("sh", "-c", "echo freezer >/sys/power/pm_test && echo freeze >/sys/power/state").CombinedOutput()
+	if err != nil || readFile(t, successes) == times {
+		t.Errorf("the machine did not sleep: %v %s", err, out)
+	}
+	early := exists(ran)
+	g.signalTPM(syscall.SIGCONT)
+	if err := cmd.Wait(); err != nil || early || !exists(ran) {
+		t.Errorf("%v; it ran early: %v, ran: %v", err, early, exists(ran))
+	}
+	if measured, violations := names(g.list(g.ns)); measured[path] != 1 || len(violations) != 0 {
+		t.Errorf("%d entries, violations %v", measured[path], violations)
+	}
+	g.waits("afterwards")
+	g.verifyNow(g.ns)
 }
 
 // bootTime is the time since boot, with that of sleep.

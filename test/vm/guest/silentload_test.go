@@ -5,6 +5,7 @@ package guest
 import (
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -126,6 +127,71 @@ func TestNeverSilentSlowTPM(t *testing.T) {
 			t.Error("the list tells of losses")
 		}
 	}, "--namespaces", "all")
+}
+
+// Many programs at once wait at a gate for an agent that is too slow for them: that holds them up, and the agent keeps no more than it has room
+// for. None is missing.
+func TestNeverSilentGateLoad(t *testing.T) {
+	sample(t, "6.1")
+	a := startAgent(t, "--namespaces", "all", "--gate-timeout", "20s")
+	g := startGated(t, a, "exec")
+	g.runs("/bin/sh", "-c", ":")
+	n := sized(200, 500, 3000)
+	digests := map[string]string{}
+	for i := range n {
+		path := fmt.Sprintf("%s/p%d", g.dir, i)
+		digests[path] = fmt.Sprintf("sha256:%x", makeProgram(t, path))
+	}
+	a.caughtUp()
+	before, asked := a.most(), g.asked()
+	slow, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-slow:
+				return
+			default:
+			}
+			a.cmd.Process.Signal(syscall.SIGSTOP)
+			time.Sleep(200 * time.Millisecond)
+			a.cmd.Process.Signal(syscall.SIGCONT)
+			time.Sleep(50 * time.Millisecond)
+		}
+	}()
+	began := time.Now()
+	g.runs("/bin/sh", "-c", fmt.Sprintf("i=0; while [ $i -lt %d ]; do %s/p$i & i=$((i + 1)); done; wait", n, g.dir))
+	t.Logf("%d programs in %v", n, time.Since(began).Round(time.Millisecond))
+	close(slow)
+	<-stopped
+	a.catchesUp()
+	if got := g.asked() - asked; got < uint64(n) {
+		t.Errorf("%d questions for %d programs", got, n)
+	}
+	if grown := a.most() - before; grown > grownMax {
+		t.Errorf("the agent's memory had grown by %d KiB", grown)
+	}
+	a.eachOnce(digests, false)
+	measured, violations := names(a.list(g.ns))
+	for path := range digests {
+		if measured[path] != 1 && violations[path] == 0 {
+			t.Errorf("%s: %d entries in its own list, and no violation", path, measured[path])
+		}
+	}
+	if count(violations, "imans-lost/") != 0 {
+		t.Errorf("losses: %v", violations)
+	}
+	a.verifyNow(g.ns)
+}
+
+// most is the most memory that the agent had until now, in KiB.
+func (a *agent) most() int {
+	a.t.Helper()
+	kib, err := strconv.Atoi(field(a.t, readFile(a.t, fmt.Sprintf("/proc/%d/status", a.cmd.Process.Pid)), "VmHWM:"))
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return kib
 }
 
 // The agent is killed again and again while programs run whose files are gone before it hashes them: no entry and no violation is told
