@@ -130,13 +130,15 @@ func (g *gates) missed(owner event.MountNS, a *gate.Asked) {
 	}()
 }
 
-// dropped puts the gates back that the guard opened.
+// dropped puts the gates back that the guard opened. The guard does not wait for that, however long the lists are behind.
 func (g *gates) dropped() {
-	err := g.pump.do(context.Background(), func(context.Context) error {
-		g.tree.ReopenGates()
-		return nil
-	})
-	if err != nil {
-		g.log.Error("gates stay open", zap.Error(err))
-	}
+	go func() {
+		err := g.pump.do(context.Background(), func(context.Context) error {
+			g.tree.ReopenGates()
+			return nil
+		})
+		if err != nil {
+			g.log.Error("gates stay open", zap.Error(err))
+		}
+	}()
 }

@@ -129,7 +129,7 @@ func TestNeverSilentHangsInALayer(t *testing.T) {
 // says so.
 func TestNeverSilentEndlessFile(t *testing.T) {
 	sample(t, "6.12")
-	a := startAgent(t, "--namespaces", "all", "--gate-timeout", "2s")
+	a := startAgent(t, "--namespaces", "all", "--gate-timeout", "8s")
 	g := startGated(t, a, "exec")
 	g.runs("/bin/sh", "-c", ":")
 	endless := tempDir(t, "/root") + "/endless"
