@@ -23,7 +23,7 @@ const (
 )
 
 // noID is the number that the kernel takes for none.
-const noID = 1<<32 - 1
+const noID uint32 = 1<<32 - 1
 
 // CheckUser reports whether a name or number can be Config.User.
 func CheckUser(name string) error {
@@ -42,7 +42,7 @@ func (c Config) credential() (*syscall.Credential, error) {
 		return &syscall.Credential{}, nil
 	}
 	number, notNumeric := strconv.ParseUint(c.User, 10, 32)
-	if errors.Is(notNumeric, strconv.ErrRange) || notNumeric == nil && number == noID {
+	if errors.Is(notNumeric, strconv.ErrRange) || notNumeric == nil && uint32(number) == noID {
 		return nil, fmt.Errorf("user %s: want a number from 0 to %d, or a name", c.User, noID-1)
 	}
 	u, err := user.Lookup(c.User)
