@@ -23,9 +23,10 @@ const (
 	LossTomtou           Loss = 14 // agent side
 	LossProgramSkipped   Loss = 15 // kernel side
 	LossNotGated         Loss = 16 // agent side
+	LossHoldsDropped     Loss = 17 // agent side
 )
 
-var lossNames = [...]string{"none", "ring_buffer_full", "namespace_map_full", "no_mount_namespace", "file_unreachable", "content_changed", "open_writers", "read_error", "undecodable_event", "programs_replaced", "path_unknown", "no_namespace_id", "vtpm_lost", "list_ended", "tomtou", "program_skipped", "not_gated"}
+var lossNames = [...]string{"none", "ring_buffer_full", "namespace_map_full", "no_mount_namespace", "file_unreachable", "content_changed", "open_writers", "read_error", "undecodable_event", "programs_replaced", "path_unknown", "no_namespace_id", "vtpm_lost", "list_ended", "tomtou", "program_skipped", "not_gated", "holds_dropped"}
 
 // String returns the name that violation entries carry.
 func (l Loss) String() string {

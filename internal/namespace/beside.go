@@ -2,6 +2,7 @@ package namespace
 
 import (
 	"errors"
+	"fmt"
 	"os"
 )
 
@@ -12,13 +13,22 @@ type beside struct {
 	size int64 // of the whole records
 }
 
-// read returns the file's bytes; none if there is no file.
-func (f *beside) read() ([]byte, error) {
-	b, err := os.ReadFile(f.path)
+// open opens the file to read it; nil: there is none. One that is larger than an agent writes is an error.
+func (f *beside) open(max int64) (*os.File, error) {
+	file, err := os.Open(f.path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
+	} else if err != nil {
+		return nil, err
 	}
-	return b, err
+	st, err := file.Stat()
+	if err == nil && st.Size() > max {
+		err = fmt.Errorf("%s has %d bytes, more than an agent writes; move it away and restart", f.path, st.Size())
+	}
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return file, nil
 }
 
 // append adds a record. What an error left of one is overwritten by the next.
@@ -32,5 +42,19 @@ func (f *beside) append(record []byte) (err error) {
 		return err
 	}
 	f.size += int64(len(record))
+	return nil
+}
+
+// replace has the file be of other records. A crash of the agent, or an error, leaves the old ones.
+func (f *beside) replace(records []byte) error {
+	next := f.path + ".new"
+	err := os.WriteFile(next, records, 0o600)
+	if err == nil {
+		err = os.Rename(next, f.path)
+	}
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(next))
+	}
+	f.size = int64(len(records))
 	return nil
 }

@@ -197,9 +197,6 @@ func (l *look) measure(n, s *State) error {
 		if d.Actions&ima.Measure == 0 {
 			continue
 		}
-		if l.file == nil {
-			l.hold(n)
-		}
 		key := entryKey{pcr: n.pcr, template: template, algo: sum.Algo()}
 		if d.PCR >= 0 {
 			key.pcr = d.PCR
@@ -235,12 +232,15 @@ func (l *look) append(n, s *State, key entryKey, sum ima.Digest) error {
 		}
 	}
 	if key.loss == 0 && n.tree.inodes.same(n, key.pcr, l.ev, measured{sum, l.shown(s, key.template)}) {
-		return nil // the same content under another name, by a link or a rename: not measured again, as in the kernel
+		return l.hold(n, false) // the same content under another name, by a link or a rename: not measured again, as in the kernel
 	}
 	return l.appendEntry(n, s, key, sum)
 }
 
 func (l *look) appendEntry(n, s *State, key entryKey, sum ima.Digest) error {
+	if err := l.hold(n, true); err != nil {
+		return err
+	}
 	e, ok := l.entries[key]
 	if !ok {
 		v := imalog.FieldValues{Digest: sum, Name: l.name}

@@ -192,8 +192,13 @@ func (h *host) bindings(want int) []verify.Binding {
 
 func (h *host) names() []string {
 	h.t.Helper()
+	return names(h.t, h.s.list)
+}
+
+func names(t *testing.T, l *measure.List) []string {
+	t.Helper()
 	var names []string
-	for r := imalog.NewReader(h.s.list.Snapshot(), ima.SHA1); ; {
+	for r := imalog.NewReader(l.Snapshot(), ima.SHA1); ; {
 		e, err := r.Next()
 		if err != nil {
 			return names

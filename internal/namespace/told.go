@@ -1,10 +1,12 @@
 package namespace
 
 import (
+	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"os"
 	"path/filepath"
 
@@ -36,6 +38,10 @@ const (
 	toldName = "told_violations"
 	// toldSize is that of a record of the file: three numbers, little endian.
 	toldSize = 16
+	// toldEnough is how large the file gets before what it has of records that were given back is dropped.
+	toldEnough = 64 << 10
+	// toldMax is how large it may be: a violation of each record that the largest ring buffer has room for is less.
+	toldMax = 1 << 30
 )
 
 // tell appends a record's violation, unless an earlier agent did; appended: the receipt is of it.
@@ -48,6 +54,7 @@ func (s *State) tell(sequence uint64, e *imalog.Entry) (receipt measure.Receipt,
 	if err := s.told.note(key, s.list.Accepted()); err != nil {
 		s.tree.log.Warn("the next agent may tell a violation again", zap.String("file", e.Name()), zap.Stringer("ns", s.ns), zap.Error(err))
 	}
+	s.tree.toldEnough = s.tree.toldEnough || s.told.size >= toldEnough
 	fault.ViolationNoted.Pass()
 	return s.list.Append(e), true
 }
@@ -58,16 +65,26 @@ func openTold(dir string, again bool) (*told, error) {
 	if !again {
 		return t, t.forget()
 	}
-	b, err := t.read()
+	f, err := t.open(toldMax)
+	if f != nil {
+		err = errors.Join(t.load(f), f.Close())
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read what violations a list told: %w", err)
 	}
-	le := binary.LittleEndian
-	for ; len(b) >= toldSize; b = b[toldSize:] {
-		t.before[toldKey{le.Uint64(b), le.Uint32(b[8:])}] = le.Uint32(b[12:])
-		t.size += toldSize
-	}
 	return t, nil
+}
+
+func (t *told) load(f *os.File) error {
+	le, r := binary.LittleEndian, bufio.NewReader(f)
+	for b := make([]byte, toldSize); ; t.size += toldSize {
+		if _, err := io.ReadFull(r, b); errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		t.before[toldKey{le.Uint64(b), le.Uint32(b[8:])}] = le.Uint32(b[12:])
+	}
 }
 
 // already reports whether an earlier agent's violation of the record is in the list.
@@ -103,8 +120,24 @@ func (t *told) forget() error {
 	return nil
 }
 
+// forgetTold drops what was noted of records that are given back, where it has become much. Till CaughtUp there may be others among them.
+func (t *Tree) forgetTold() {
+	if !t.toldEnough || !t.caughtUp {
+		return
+	}
+	t.toldEnough = false
+	if err := t.forgetAllTold(); err != nil {
+		t.log.Warn("noted violations go on to take room", zap.Error(err))
+	}
+}
+
 // CaughtUp says that all records of an earlier agent are handled and given back.
 func (t *Tree) CaughtUp() error {
+	t.caughtUp = true
+	return t.forgetAllTold()
+}
+
+func (t *Tree) forgetAllTold() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var errs []error

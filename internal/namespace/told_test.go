@@ -52,3 +52,41 @@ func TestTold(t *testing.T) {
 		t.Errorf("%d violations, want 6", n)
 	}
 }
+
+// Violations of records that are given back are not noted any longer; of those that an earlier agent may have left they are.
+func TestToldStaysSmall(t *testing.T) {
+	h := newHost(t, "")
+	h.measure("/first")
+	e, err := h.s.newViolation("/a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tell := func(first, n uint64) {
+		for i := range n {
+			h.s.tell(first+i, e)
+		}
+		if err := h.tree.Finish(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tell(0, 5000)
+	if err := h.s.list.Barrier(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	if h.s.told.size != 5000*toldSize {
+		t.Errorf("before it has caught up: %d bytes", h.s.told.size)
+	}
+	h.restart("")
+	if _, appended := h.s.tell(4999, e); appended {
+		t.Error("a violation is told twice")
+	}
+	if err := h.tree.CaughtUp(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range uint64(10) {
+		tell(10000*(i+1), 1000)
+		if size := h.s.told.size; size > toldEnough+1000*toldSize {
+			t.Fatalf("%d bytes", size)
+		}
+	}
+}

@@ -10,13 +10,41 @@ import (
 	"imans.dev/imans-agent/internal/event"
 )
 
-// hold notes that a level's list tells of the file, and by which name.
-func (l *look) hold(n *State) {
+// hold notes that a level's list tells of the file, and by which name: before its entry can be in the log, or a crash in between would leave
+// another. Of a file that is held, and that the list takes no entry of by this name, the list has a name: that is kept.
+func (l *look) hold(n *State, taken bool) error {
+	if l.file != nil {
+		return nil // a question; the hook's event is what happened
+	}
 	for _, i := range l.ev.Inodes() {
+		if n.held.has(i) && !taken {
+			continue
+		}
+		if err := n.makeRoomToHold(l.ctx); err != nil {
+			return err
+		}
 		if err := n.held.add(i, l.name); err != nil {
 			l.tree.log.Warn("the next agent will not know of a file's writers", zap.String("file", l.name), zap.Stringer("ns", n.ns), zap.Error(err))
 		}
 	}
+	return nil
+}
+
+// makeRoomToHold lets go of what the list has held the longest, if there is no room for more, and has the list say so first.
+func (s *State) makeRoomToHold(ctx context.Context) error {
+	n := s.held.full()
+	if n == 0 {
+		return nil
+	}
+	s.tree.log.Warn("a list holds too many files: it tells no more of writers of the first", zap.Stringer("ns", s.ns), zap.Int("files", n))
+	if err := s.recordOwnLoss(ctx, lossName(event.LossHoldsDropped, s.ns, uint64(n)), event.LossHoldsDropped); err != nil {
+		return err
+	}
+	// Commit point: before it a crash makes the next agent say it again.
+	if err := s.held.dropFirst(n); err != nil {
+		s.tree.log.Warn("the next agent may hold again what was let go", zap.Stringer("ns", s.ns), zap.Error(err))
+	}
+	return nil
 }
 
 // Write records in each list that tells of a file that it is being opened for writing while it is in use: a violation by the name that
@@ -98,10 +126,8 @@ func (t *Tree) TrimHolds() error {
 	defer t.mu.Unlock()
 	full, err := t.config.Kernel.TrimHolds(sinceBoot()-trimPatience, func(i event.Inode) bool {
 		for _, s := range t.states {
-			if s.held != nil {
-				if _, ok := s.held.at[i]; ok {
-					return true
-				}
+			if s.held != nil && s.held.has(i) {
+				return true
 			}
 		}
 		return false

@@ -76,6 +76,9 @@ type Tree struct {
 	again    bool      // the kernel side is an earlier agent's, which knew it: its records may come again
 	bootAt   time.Time // the wall clock's reading at boot, by today's clock
 
+	caughtUp   bool // no record of an earlier agent's comes any more
+	toldEnough bool // a list has noted many violations, see forgetTold
+
 	mu         sync.Mutex // guards what follows, and each State's fields that say so
 	native     *State
 	states     map[uint64]*State // by unique id
@@ -361,6 +364,7 @@ func (t *Tree) Finish() error {
 	for _, s := range t.ended {
 		t.finishing.Go(func() { t.finish(t.ending, s) })
 	}
+	t.forgetTold()
 	var errs []error
 	for _, ns := range t.dead {
 		errs = append(errs, t.config.Kernel.Unregister(ns))

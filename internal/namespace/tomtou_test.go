@@ -1,0 +1,113 @@
+package namespace
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/policy"
+)
+
+// watched is a namespace whose list takes everything, and so does the native list.
+func watched(t *testing.T) *host {
+	t.Helper()
+	h := newHost(t, "")
+	all, err := policy.Parse("test", []byte("measure func=BPRM_CHECK\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.s.policy, h.tree.native.policy = all, all
+	return h
+}
+
+// run has a file measured that the kernel took the digest of.
+func (h *host) run(path string, inode uint64, content string) {
+	h.t.Helper()
+	sum, err := ima.NewDigest(ima.SHA256, []byte(strings.Repeat(content, 32)))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	ev := &event.File{Header: event.Header{NS: h.s.ns}, Func: ima.BPRMCheck, Path: path, Digest: sum, SeenDev: 1, SeenIno: inode}
+	ev.Content.Dev, ev.Content.Ino = 1, inode
+	p, err := h.tree.File(soon(h.t), ev)
+	if err == nil {
+		err = p.Logged(soon(h.t))
+	}
+	if err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// write has someone open a file for writing.
+func (h *host) write(inode uint64) {
+	h.t.Helper()
+	if err := h.tree.Write(soon(h.t), &event.Write{Inode: event.Inode{Dev: 1, Ino: inode}}); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// last checks the last name of the namespace's list.
+func (h *host) last(want string) {
+	h.t.Helper()
+	if names := h.names(); len(names) == 0 || names[len(names)-1] != want {
+		h.t.Errorf("the list ends %q, want %q", names, want)
+	}
+}
+
+// A file's names that the list does not take are not the one that it tells a writer by; those of content that it takes are, though it had
+// them before.
+func TestHeldByTheListsName(t *testing.T) {
+	h := watched(t)
+	h.run("/a", 1, "x")
+	size := h.s.held.size
+	for i := range 100 {
+		h.run(fmt.Sprint("/link", i), 1, "x")
+	}
+	if h.s.held.size != size {
+		t.Errorf("the file of what is held grew from %d to %d bytes, the list has %d entries", size, h.s.held.size, len(h.names()))
+	}
+	h.write(1)
+	h.last("/a")
+	h.run("/link", 1, "x") // it is told of again
+	h.write(1)
+	h.last("/link")
+	h.run("/b", 2, "y")
+	h.run("/a", 1, "x")
+	h.run("/b", 1, "y") // the number is another file's now, which the list knows
+	entries := len(h.names())
+	h.write(1)
+	h.last("/b")
+	if n := len(h.names()); n != entries+1 {
+		t.Errorf("%d entries, want one more than %d", n, entries)
+	}
+}
+
+// A list that has no room to hold more files lets go of the first, and says so.
+func TestHeldTooMany(t *testing.T) {
+	h := watched(t)
+	h.run("/0", 0, "x")
+	h.s.held.maxInodes, h.tree.native.held.maxInodes = 10, 20
+	for i := range uint64(10) {
+		h.run(fmt.Sprint("/", i+1), i+1, "x")
+	}
+	dropped := lossName(event.LossHoldsDropped, h.s.ns, 5)
+	if names := h.names(); names[len(names)-2] != dropped {
+		t.Errorf("the list ends %q, want %q and an entry", names, dropped)
+	}
+	h.write(4)
+	h.last("/10")
+	h.write(5)
+	h.last("/5")
+	st, err := os.Stat(h.s.held.path)
+	if err != nil || st.Size() != h.s.held.size || len(h.s.held.at) != 5 {
+		t.Errorf("%v of %d bytes, %d inodes, %v", st.Name(), st.Size(), len(h.s.held.at), err)
+	}
+	for n, name := range names(t, h.tree.native.list) {
+		if strings.HasPrefix(name, lossPrefix) {
+			t.Errorf("entry %d of the native list is %s", n, name)
+		}
+	}
+}
