@@ -214,23 +214,34 @@ func (k *Kernel) marks(key event.MeasuredKey) (*ebpf.Map, any) {
 	return k.maps[imansMapMeasuredBySubject], key
 }
 
+// Marked is what MarkMeasured came to.
+type Marked struct {
+	New     bool // it was not marked before
+	Emptied bool // its map was full and was emptied: no other mark of its kind is left
+}
+
 // MarkMeasured tells the kernel side that this content needs no event any more. When its map is full it is emptied, and
 // events flow once more.
-func (k *Kernel) MarkMeasured(key event.MeasuredKey) error {
+func (k *Kernel) MarkMeasured(key event.MeasuredKey) (Marked, error) {
 	m, raw := k.marks(key)
-	err := m.Update(raw, uint32(1), ebpf.UpdateAny)
+	done := Marked{New: true}
+	err := m.Update(raw, uint32(1), ebpf.UpdateNoExist)
 	if errors.Is(err, unix.E2BIG) {
-		if err = empty(m); err == nil {
-			err = m.Update(raw, uint32(1), ebpf.UpdateAny)
+		done.Emptied = true
+		if err = k.empty(key.IDsIgnored()); err == nil {
+			err = m.Update(raw, uint32(1), ebpf.UpdateNoExist)
 		}
 	}
+	if errors.Is(err, ebpf.ErrKeyExist) {
+		done.New, err = false, nil
+	}
 	if err != nil {
-		return fmt.Errorf("mark content as measured: %w", err)
+		return done, fmt.Errorf("mark content as measured: %w", err)
 	}
 	if key.IDsIgnored() {
 		k.slots.put(key.Content)
 	}
-	return nil
+	return done, nil
 }
 
 // Forget drops marks. One that is not there is no error.
@@ -250,21 +261,30 @@ func (k *Kernel) Forget(keys []event.MeasuredKey) error {
 // ForgetAll drops all marks, as for an agent that has just begun: it gives every namespace a new generation.
 func (k *Kernel) ForgetAll() error {
 	k.slots.clear()
-	return errors.Join(empty(k.maps[imansMapMeasuredContents]), empty(k.maps[imansMapMeasuredBySubject]))
+	return errors.Join(k.empty(true), k.empty(false))
 }
 
-// empty deletes all keys, one at a time: entries come only from this process.
-func empty(m *ebpf.Map) error {
+// empty drops the marks of one kind.
+func (k *Kernel) empty(idsIgnored bool) error {
+	if idsIgnored {
+		return empty[event.MeasuredContent](k.maps[imansMapMeasuredContents])
+	}
+	return empty[event.MeasuredKey](k.maps[imansMapMeasuredBySubject])
+}
+
+// emptyBatch is how many keys one call deletes at most.
+const emptyBatch = 4096
+
+// empty deletes all keys, going through the map once: entries come only from this process.
+func empty[K any](m *ebpf.Map) error {
+	keys, values := make([]K, emptyBatch), make([]uint32, emptyBatch)
+	var at ebpf.MapBatchCursor
 	for {
-		key, err := m.NextKeyBytes(nil)
-		if err != nil {
-			return fmt.Errorf("list measured contents: %w", err)
-		}
-		if key == nil {
-			return nil
-		}
-		if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("forget measured content: %w", err)
+		_, err := m.BatchLookupAndDelete(&at, keys, values, nil)
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil // that was the last
+		} else if err != nil {
+			return fmt.Errorf("forget measured contents: %w", err)
 		}
 	}
 }

@@ -103,7 +103,7 @@ func TestKernelExecEvent(t *testing.T) {
 			t.Fatalf("%s: no event the second time, though nothing was marked", path)
 		}
 		for _, f := range again {
-			if err := k.MarkMeasured(f.MeasuredKey()); err != nil {
+			if _, err := k.MarkMeasured(f.MeasuredKey()); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -170,7 +170,7 @@ func TestKernelMarks(t *testing.T) {
 			}
 		}
 		for _, f := range as("0") {
-			if err := k.MarkMeasured(f.MeasuredKey()); err != nil {
+			if _, err := k.MarkMeasured(f.MeasuredKey()); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -351,11 +351,11 @@ func TestKernelMarkIsFoundInItsSlot(t *testing.T) {
 		var keys []event.MeasuredKey
 		for _, f := range files(t, k, path) {
 			keys = append(keys, f.MeasuredKey())
-			if err := k.MarkMeasured(f.MeasuredKey()); err != nil {
+			if _, err := k.MarkMeasured(f.MeasuredKey()); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if err := empty(k.maps[imansMapMeasuredContents]); err != nil {
+		if err := k.empty(true); err != nil {
 			t.Fatal(err)
 		}
 		execs(t, path)
@@ -371,7 +371,7 @@ func TestKernelMarkIsFoundInItsSlot(t *testing.T) {
 			t.Errorf("%s: %d events of %d while their slots are being written", path, len(got), len(keys))
 		}
 		for _, key := range keys {
-			if err := k.MarkMeasured(key); err != nil {
+			if _, err := k.MarkMeasured(key); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -381,6 +381,48 @@ func TestKernelMarkIsFoundInItsSlot(t *testing.T) {
 		execs(t, path)
 		if got := files(t, k, path); len(got) != len(keys) {
 			t.Errorf("%s: %d events of %d after all was forgotten", path, len(got), len(keys))
+		}
+	}
+}
+
+// A map of marks that is full is emptied in one pass, and whoever marks is told, so that nobody keeps what is gone.
+func TestKernelMarksFull(t *testing.T) {
+	k := open(t, Options{})
+	defer Unload(testPins)
+	defer k.Close()
+	for _, ignored := range []bool{true, false} {
+		key := event.MeasuredKey{Content: event.MeasuredContent{Policy: 1, Func: 4}}
+		if ignored {
+			key.Content.Func |= uint32(event.IDsIgnored) << 8
+		}
+		m, _ := k.marks(key)
+		for i := range m.MaxEntries() {
+			key.Content.Ino = uint64(i)
+			if done, err := k.MarkMeasured(key); err != nil || done != (Marked{New: true}) {
+				t.Fatalf("mark %d: %+v, %v", i, done, err)
+			}
+		}
+		if done, err := k.MarkMeasured(key); err != nil || done != (Marked{}) {
+			t.Errorf("a second time: %+v, %v", done, err)
+		}
+		key.Content.Ino = 1 << 32
+		began := time.Now()
+		if done, err := k.MarkMeasured(key); err != nil || done != (Marked{New: true, Emptied: true}) {
+			t.Errorf("one too many: %+v, %v", done, err)
+		}
+		took := time.Since(began)
+		t.Logf("emptied in %v", took)
+		if took > time.Second {
+			t.Error("want less than a second")
+		}
+		keys := 0
+		for raw, err := m.NextKeyBytes(nil); raw != nil || err != nil; raw, err = m.NextKeyBytes(raw) {
+			if keys++; err != nil {
+				t.Fatal(err)
+			}
+		}
+		if keys != 1 {
+			t.Errorf("%d marks, want the last alone", keys)
 		}
 	}
 }

@@ -53,12 +53,12 @@ type State struct {
 	gateSince  time.Duration  // since boot; what ran earlier was not held up and was not to be
 
 	// The goroutine that handles records only.
-	gateLooked time.Time           // when new file systems were last looked for
-	gateEarly  bool                // it was given its gate before its first program
-	ended      bool                // the list can't go on; its ancestors' lists say so
-	looks      allowance           // of a container: for its files
-	requests   []request           // for clones that are to be active
-	marks      []event.MeasuredKey // contents that the kernel side was told need no event any more
+	gateLooked time.Time // when new file systems were last looked for
+	gateEarly  bool      // it was given its gate before its first program
+	ended      bool      // the list can't go on; its ancestors' lists say so
+	looks      allowance // of a container: for its files
+	requests   []request // for clones that are to be active
+	marks      marks     // that the kernel side has of it
 	tpm        *tpmext.TPM
 	starting   *start // of a vTPM; nil: none was started by this agent
 	given      uint32 // how many it was given so far

@@ -349,7 +349,8 @@ func (t *Tree) Death(ns event.MountNS) error {
 	}
 	close(s.gone)
 	t.inodes.forget(ns.ID)
-	errs = append(errs, t.config.Kernel.Forget(s.marks))
+	errs = append(errs, t.config.Kernel.Forget(s.marks.all()))
+	s.marks = marks{}
 	if s.gate != "" {
 		errs = append(errs, t.config.Gates.Close(s.ns))
 	}
@@ -371,29 +372,6 @@ func (t *Tree) Finish() error {
 	}
 	t.ended, t.dead = nil, nil
 	return errors.Join(errs...)
-}
-
-// Mark tells the kernel side that the content of a record that is through needs no event any more, if nothing of it is in doubt, and the
-// gates that it needs no question. In a namespace that has ended meanwhile there will be none. Call it after Logged only.
-func (t *Tree) Mark(p Pending) error {
-	if !p.mark {
-		return nil
-	}
-	s, ok := t.known(p.event.NS)
-	if !ok {
-		return nil
-	}
-	key := p.event.MeasuredKey()
-	if s != t.native {
-		s.marks = append(s.marks, key)
-	}
-	if err := t.config.Kernel.MarkMeasured(key); err != nil {
-		return err
-	}
-	if t.config.Gates != nil && key.IDsIgnored() {
-		t.config.Gates.Settled(p.event)
-	}
-	return nil
 }
 
 // Ended returns the namespaces in the tree that are alive no more. Their deaths are among the records made before the call, but for those that

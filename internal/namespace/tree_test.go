@@ -4,6 +4,8 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
+
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/loader"
@@ -136,4 +138,38 @@ func TestInodesOfAListEndWithIt(t *testing.T) {
 	if n := remembered(i); n != i.max || n != i.count {
 		t.Errorf("%d remembered, %d counted, want %d", n, i.count, i.max)
 	}
+}
+
+// What is to be forgotten with a namespace is no more than the kernel side has.
+func TestMarksAreForgotten(t *testing.T) {
+	tree := New(Config{Log: zap.NewNop()})
+	native := active(tree, event.MountNS{Inum: 1, ID: 1}, "", 11)
+	one, other := active(tree, event.MountNS{Inum: 2, ID: 2}, "", 10), active(tree, event.MountNS{Inum: 3, ID: 3}, "", 10)
+	tree.native, tree.states = native, map[uint64]*State{1: native, 2: one, 3: other}
+	key := func(ino uint64, ignored bool) event.MeasuredKey {
+		k := event.MeasuredKey{Content: event.MeasuredContent{Ino: ino}}
+		if ignored {
+			k.Content.Func = uint32(event.IDsIgnored) << 8
+		}
+		return k
+	}
+	isNew, emptied := loader.Marked{New: true}, loader.Marked{New: true, Emptied: true}
+	tree.marked(native, key(1, true), isNew)
+	tree.marked(one, key(2, true), isNew)
+	tree.marked(one, key(2, true), loader.Marked{}) // of another record
+	tree.marked(one, key(3, false), isNew)
+	tree.marked(other, key(4, true), isNew)
+	check := func(want map[*State]int) {
+		t.Helper()
+		for s, n := range want {
+			if got := s.marks.all(); len(got) != n {
+				t.Errorf("%v: %d marks, want %d: %v", s.ns, len(got), n, got)
+			}
+		}
+	}
+	check(map[*State]int{native: 0, one: 2, other: 1})
+	tree.marked(native, key(5, true), emptied)
+	check(map[*State]int{native: 0, one: 1, other: 0})
+	tree.marked(other, key(6, false), emptied)
+	check(map[*State]int{native: 0, one: 0, other: 1})
 }
