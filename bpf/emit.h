@@ -15,7 +15,7 @@ struct {
 	__uint(max_entries, 16 << 20);
 } events SEC(".maps");
 
-/* Full: the loss is counted for the namespace id 0, which is the native one's concern. */
+/* Full: the loss is counted for the namespace id 0, which is the native one's concern, and for which the agent made room at load. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);

@@ -238,8 +238,9 @@ enum imans_setting {
 	IMANS_WAKE = 1, /* the agent sleeps: wake it for the next record, and clear this */
 	IMANS_HOLD_ALL = 2, /* held_inodes was full: every inode counts as held. The agent makes room, and clears this */
 	IMANS_LOSSES = 3,	  /* how often something was added to losses, modulo 2^32 */
-	IMANS_STAND_INS = 4,	/* how many skipped runs of programs others stood in for, likewise */
-	IMANS_SETTINGS = 5,
+	/* How many skipped runs of programs others stood in for, likewise; one word for each enum imans_function (standin.h). */
+	IMANS_STAND_INS = 4,
+	IMANS_SETTINGS = 8,
 };
 
 /* losses: how many events of a namespace could not be handed over, by reason (loss.json). */

@@ -17,6 +17,8 @@ enum imans_function {
 	IMANS_FUNCTIONS = 4,
 };
 
+_Static_assert(IMANS_SETTINGS == IMANS_STAND_INS + IMANS_FUNCTIONS, "a word of settings for each function");
+
 #define IMANS_RUNS 4096
 
 static __u32 imans_runs[IMANS_RUNS];
@@ -29,9 +31,9 @@ static __always_inline __u32 imans_run_word(enum imans_function function)
 	return task->pid * IMANS_FUNCTIONS + function;
 }
 
-static __always_inline void imans_count_stand_in(__u32 by)
+static __always_inline void imans_count_stand_in(enum imans_function function, __u32 by)
 {
-	__u32 *count = imans_setting(IMANS_STAND_INS);
+	__u32 *count = imans_setting(IMANS_STAND_INS + function);
 
 	if (count)
 		__sync_fetch_and_add(count, by);
@@ -44,7 +46,7 @@ static __always_inline void imans_leave_run(enum imans_function function)
 	__u32 before = __sync_val_compare_and_swap(&imans_runs[word % IMANS_RUNS], 0, word);
 
 	if (before && before != word)
-		imans_count_stand_in(-1);
+		imans_count_stand_in(function, -1);
 }
 
 /* Whether the first ran, so that the second has nothing to do. */
@@ -54,7 +56,7 @@ static __always_inline bool imans_take_run(enum imans_function function)
 
 	if (__sync_val_compare_and_swap(&imans_runs[word % IMANS_RUNS], word, 0) == word)
 		return true;
-	imans_count_stand_in(1);
+	imans_count_stand_in(function, 1);
 	return false;
 }
 

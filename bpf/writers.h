@@ -86,6 +86,19 @@ static __always_inline bool imans_is_held(const struct imans_inode *key)
 	return all && *all;
 }
 
+/*
+ * There was no room to tell of a writer. Any list may hold the inode, so the loss is of no namespace's: all lists that hold something say it.
+ * The next writer is told of.
+ */
+static __noinline int imans_lose_writer(const struct imans_inode *key)
+{
+	struct imans_hold *hold = bpf_map_lookup_elem(&held_inodes, key);
+
+	if (hold)
+		hold->told = 0;
+	return imans_lose(0, 0, IMANS_LOSS_WRITER_LOST);
+}
+
 static __always_inline void imans_tell_writer(struct inode *inode)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
@@ -103,7 +116,7 @@ static __always_inline void imans_tell_writer(struct inode *inode)
 	mntns = imans_mntns_id(ns);
 	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
 	if (!record) {
-		imans_lose(mntns, ns->ns.inum, IMANS_LOSS_RING_BUFFER_FULL);
+		imans_lose_writer(&key);
 		return;
 	}
 	imans_fill_header(&record->header, IMANS_WRITE, mntns, ns->ns.inum);

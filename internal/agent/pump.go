@@ -173,7 +173,7 @@ func (p *pump) records(ctx context.Context) (all bool, err error) {
 
 // losses records what the kernel side lost, and then ends what ended unseen.
 func (p *pump) losses(ctx context.Context) error {
-	lost, err := p.tree.Losses(ctx)
+	lost, err := p.tree.Losses(ctx, p.records)
 	p.lost = p.lost || lost
 	if err != nil || !p.lost {
 		return err

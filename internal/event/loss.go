@@ -24,9 +24,10 @@ const (
 	LossProgramSkipped   Loss = 15 // kernel side
 	LossNotGated         Loss = 16 // agent side
 	LossHoldsDropped     Loss = 17 // agent side
+	LossWriterLost       Loss = 18 // kernel side
 )
 
-var lossNames = [...]string{"none", "ring_buffer_full", "namespace_map_full", "no_mount_namespace", "file_unreachable", "content_changed", "open_writers", "read_error", "undecodable_event", "programs_replaced", "path_unknown", "no_namespace_id", "vtpm_lost", "list_ended", "tomtou", "program_skipped", "not_gated", "holds_dropped"}
+var lossNames = [...]string{"none", "ring_buffer_full", "namespace_map_full", "no_mount_namespace", "file_unreachable", "content_changed", "open_writers", "read_error", "undecodable_event", "programs_replaced", "path_unknown", "no_namespace_id", "vtpm_lost", "list_ended", "tomtou", "program_skipped", "not_gated", "holds_dropped", "writer_lost"}
 
 // String returns the name that violation entries carry.
 func (l Loss) String() string {

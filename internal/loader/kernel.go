@@ -123,7 +123,7 @@ const (
 	settingWake          = 1          // IMANS_WAKE
 	settingHoldAll       = 2          // IMANS_HOLD_ALL
 	settingLosses        = 3          // IMANS_LOSSES
-	settingStandIns      = 4          // IMANS_STAND_INS
+	settingStandIns      = 4          // IMANS_STAND_INS, one for each of functions
 )
 
 // Registered returns the mount namespaces that the kernel side knows, each with its parent (zero: not known): those alive, and those whose end

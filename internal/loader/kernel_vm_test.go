@@ -5,6 +5,7 @@ package loader
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -338,6 +339,35 @@ func TestKernelLossIsCounted(t *testing.T) {
 	}
 }
 
+// Where there are too many counters a loss is counted for no namespace.
+func TestKernelLossIsCountedWithoutRoom(t *testing.T) {
+	k := open(t, Options{RingSize: uint32(os.Getpagesize())})
+	defer Unload(testPins)
+	defer k.Close()
+	m := k.maps[imansMapLosses]
+	for i := range m.MaxEntries() {
+		if err := m.Put(rawLossKey{ID: uint64(i) + 1<<40, Reason: 1}, uint64(0)); errors.Is(err, unix.E2BIG) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 20 {
+		execs(t, "/bin/true")
+	}
+	losses, err := k.Losses()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if losses[LossKey{Reason: event.LossRingBufferFull}] == 0 {
+		t.Errorf("nothing was counted for no namespace: %v", losses)
+	}
+	var count uint64
+	if err := m.Lookup(rawLossKey{Reason: uint32(event.LossWriterLost)}, &count); err != nil {
+		t.Errorf("the counter of writers: %v", err)
+	}
+}
+
 // Both ends find the same slot: a mark that is in none of the hash maps any more is still found, until it is forgotten.
 func TestKernelMarkIsFoundInItsSlot(t *testing.T) {
 	k := open(t, Options{KernelDigest: true})
@@ -482,7 +512,7 @@ func TestKernelSkippedProgramIsMadeUpFor(t *testing.T) {
 	}
 	missed, _ := stoodInFor(t, k)
 	for key, n := range losses { // now and then both are skipped, and that is told
-		if key != (LossKey{Reason: event.LossProgramSkipped}) || n > missed/20 {
+		if key.NS != (event.MountNS{}) || key.Reason != event.LossProgramSkipped && key.Reason != event.LossWriterLost || n > missed/20 {
 			t.Errorf("%d of %v, skipped %d times", n, key, missed)
 		}
 	}
@@ -491,15 +521,18 @@ func TestKernelSkippedProgramIsMadeUpFor(t *testing.T) {
 // stoodInFor returns how often programs were skipped so far, and how often others stood in for one.
 func stoodInFor(t *testing.T, k *Kernel) (missed uint64, stoodIn uint32) {
 	t.Helper()
-	for _, p := range k.losses.skippable {
-		stats, err := p.Stats()
+	if len(k.losses.skippable) != len(functions) {
+		t.Fatalf("%d programs can be skipped, want %d", len(k.losses.skippable), len(functions))
+	}
+	for name, p := range k.losses.skippable {
+		m, s, err := k.losses.madeUpFor(name, p)
 		if err != nil {
 			t.Fatal(err)
 		}
-		missed += stats.RecursionMisses
-	}
-	if err := k.losses.settings.Lookup(uint32(settingStandIns), &stoodIn); err != nil {
-		t.Fatal(err)
+		if int32(s-uint32(m)) > 0 {
+			t.Errorf("%s was skipped %d times and stood in for %d times", name, m, s)
+		}
+		missed, stoodIn = missed+m, stoodIn+s
 	}
 	return missed, stoodIn
 }

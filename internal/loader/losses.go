@@ -24,21 +24,53 @@ type rawLossKey struct {
 	Inum, Reason uint32
 }
 
+// functions are those at which two programs stand, by the first of them: enum imans_function of bpf/standin.h. The kernel skips such a program
+// where another task is interrupted in it.
+var functions = map[string]uint32{
+	imansProgImansWriteAccess: 0, imansProgImansCopyMntNs: 1, imansProgImansSwitchTaskNamespaces: 2, imansProgImansProcFreeInum: 3,
+}
+
+// skippedReason is what a skipped program of those at a function is told as.
+func skippedReason(program string) event.Loss {
+	if program == imansProgImansWriteAccess {
+		return event.LossWriterLost
+	}
+	return event.LossProgramSkipped
+}
+
 // losses reads what the kernel side could not tell of.
 type losses struct {
 	settings, counters *ebpf.Map
-	// skippable are the programs, by name, that the kernel skips where another task is interrupted in the same one.
-	skippable map[string]*ebpf.Program
+	skippable          map[string]*ebpf.Program // those of functions
 
 	mu      sync.Mutex
-	changes uint32             // of the counters, when they were read
-	read    map[LossKey]uint64 // nil: not yet
-	skipped uint64             // what was made known; only grows
+	changes uint32                // of the counters, when they were read
+	read    map[LossKey]uint64    // nil: not yet
+	skipped map[event.Loss]uint64 // what was made known; only grows
+}
+
+// reserveLosses gives the counters that are of no namespace their room, before others take it all: those of writers, and those that stand in for
+// counters without room.
+func reserveLosses(m *ebpf.Map) error {
+	for _, reason := range []event.Loss{
+		event.LossRingBufferFull, event.LossNamespaceMapFull, event.LossNoMountNamespace, event.LossWriterLost,
+	} {
+		if err := m.Put(rawLossKey{Reason: uint32(reason)}, uint64(0)); err != nil {
+			return fmt.Errorf("make a loss counter: %w", err)
+		}
+	}
+	return nil
 }
 
 func openLosses(all map[string]*ebpf.Map, links map[string]link.Link) (*losses, error) {
-	l := &losses{settings: all[imansMapSettings], counters: all[imansMapLosses], skippable: make(map[string]*ebpf.Program)}
+	l := &losses{
+		settings: all[imansMapSettings], counters: all[imansMapLosses],
+		skippable: make(map[string]*ebpf.Program), skipped: make(map[event.Loss]uint64),
+	}
 	for name, program := range links {
+		if _, ok := functions[name]; !ok {
+			continue
+		}
 		info, err := program.Info()
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("look at link %s: %w", name, err), l.close())
@@ -47,11 +79,7 @@ func openLosses(all map[string]*ebpf.Map, links map[string]link.Link) (*losses, 
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("open program %s: %w", name, err), l.close())
 		}
-		if p.Type() == ebpf.Tracing && !standsIn(name) {
-			l.skippable[name] = p
-		} else {
-			p.Close()
-		}
+		l.skippable[name] = p
 	}
 	return l, nil
 }
@@ -64,8 +92,8 @@ func (l *losses) close() error {
 	return errors.Join(errs...)
 }
 
-// Losses returns how many events were lost since the programs were loaded, those of no namespace under the zero one. The counters only
-// grow.
+// Losses returns how many events were lost since the programs were loaded, those of no namespace, and writers, under the zero one. The counters
+// only grow.
 func (k *Kernel) Losses() (map[LossKey]uint64, error) {
 	l := k.losses
 	l.mu.Lock()
@@ -77,10 +105,11 @@ func (k *Kernel) Losses() (map[LossKey]uint64, error) {
 	if err != nil {
 		return nil, err
 	}
-	l.skipped = max(l.skipped, skipped)
 	all := maps.Clone(l.read)
-	if l.skipped > 0 {
-		all[LossKey{Reason: event.LossProgramSkipped}] = l.skipped
+	for reason, n := range skipped {
+		if l.skipped[reason] = max(l.skipped[reason], n); l.skipped[reason] > 0 {
+			all[LossKey{Reason: reason}] += l.skipped[reason]
+		}
 	}
 	return all, nil
 }
@@ -99,7 +128,9 @@ func (l *losses) readCounters() error {
 	var count uint64
 	it := l.counters.Iterate()
 	for it.Next(&key, &count) {
-		read[LossKey{event.MountNS{Inum: key.Inum, ID: key.ID}, event.Loss(key.Reason)}] = count
+		if count > 0 {
+			read[LossKey{event.MountNS{Inum: key.Inum, ID: key.ID}, event.Loss(key.Reason)}] = count
+		}
 	}
 	if err := it.Err(); err != nil {
 		return fmt.Errorf("read loss counters: %w", err)
@@ -108,22 +139,30 @@ func (l *losses) readCounters() error {
 	return nil
 }
 
-// countSkipped returns how often a program was skipped and no other one stood in for it.
-func (l *losses) countSkipped() (uint64, error) {
-	var missed uint64
-	for _, p := range l.skippable {
-		stats, err := p.Stats()
+// countSkipped returns how often programs were skipped that no others stood in for.
+func (l *losses) countSkipped() (map[event.Loss]uint64, error) {
+	skipped := make(map[event.Loss]uint64)
+	for name, p := range l.skippable {
+		missed, stoodIn, err := l.madeUpFor(name, p)
 		if err != nil {
-			return 0, fmt.Errorf("read how often a program was skipped: %w", err)
+			return nil, err
 		}
-		missed += stats.RecursionMisses
+		// The second was read after the first, so it may be ahead; modulo 2^32, as it is counted.
+		skipped[skippedReason(name)] += uint64(max(0, int32(uint32(missed)-stoodIn)))
 	}
-	var stoodIn uint32
-	if err := l.settings.Lookup(uint32(settingStandIns), &stoodIn); err != nil {
-		return 0, fmt.Errorf("read how often a skipped program was stood in for: %w", err)
+	return skipped, nil
+}
+
+// madeUpFor returns how often a program was skipped, and how often another one stood in for it.
+func (l *losses) madeUpFor(name string, p *ebpf.Program) (missed uint64, stoodIn uint32, err error) {
+	stats, err := p.Stats()
+	if err != nil {
+		return 0, 0, fmt.Errorf("read how often a program was skipped: %w", err)
 	}
-	// Read after the others, so it may be ahead; modulo 2^32, as it is counted.
-	return uint64(max(0, int32(uint32(missed)-stoodIn))), nil
+	if err := l.settings.Lookup(settingStandIns+functions[name], &stoodIn); err != nil {
+		return 0, 0, fmt.Errorf("read how often a skipped program was stood in for: %w", err)
+	}
+	return stats.RecursionMisses, stoodIn, nil
 }
 
 // ForgetLosses drops the counters of a namespace that has ended, once they are recorded.

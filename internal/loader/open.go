@@ -37,8 +37,13 @@ func Open(o Options) (*Kernel, error) {
 	k := &Kernel{held: held, origin: origin}
 	if origin != Adopted {
 		// While they were attached one after the other some had nobody to stand in for.
-		if err := k.maps[imansMapSettings].Put(uint32(settingStandIns), uint32(0)); err != nil {
-			return nil, errors.Join(fmt.Errorf("set how often a skipped program was stood in for: %w", err), k.Close())
+		for _, function := range functions {
+			if err := k.maps[imansMapSettings].Put(settingStandIns+function, uint32(0)); err != nil {
+				return nil, errors.Join(fmt.Errorf("set how often a skipped program was stood in for: %w", err), k.Close())
+			}
+		}
+		if err := reserveLosses(k.maps[imansMapLosses]); err != nil {
+			return nil, errors.Join(err, k.Close())
 		}
 	}
 	return k, k.start()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"go.uber.org/zap"
@@ -68,8 +69,9 @@ func (t *Tree) readRecordedLosses(list *measure.List) error {
 
 // Losses turns the kernel side's counters into violations in the lists of the namespaces concerned and of all their ancestors,
 // and waits until they are logged. What is on record already is not told again. It reports whether there was anything to tell:
-// among the lost may be deaths, see Ended.
-func (t *Tree) Losses(ctx context.Context) (any bool, err error) {
+// among the lost may be deaths, see Ended. A lost writer is the concern of each list that tells of files; which these are is known when all is
+// handled that was recorded before: handle does that, and says whether it was all, or the writer is left for the next call.
+func (t *Tree) Losses(ctx context.Context, handle func(context.Context) (all bool, err error)) (any bool, err error) {
 	if err := t.recordUnanchored(ctx); err != nil {
 		return false, err
 	}
@@ -78,6 +80,14 @@ func (t *Tree) Losses(ctx context.Context) (any bool, err error) {
 		return false, err
 	}
 	for key, count := range losses {
+		if key.Reason == event.LossWriterLost {
+			if lost, err := t.lostWriters(ctx, key, count, handle); err != nil {
+				return any, err
+			} else if lost {
+				any = true
+			}
+			continue
+		}
 		t.mu.Lock()
 		missing := count - t.recorded[key]
 		t.recorded[key] = count
@@ -100,6 +110,64 @@ func (t *Tree) Losses(ctx context.Context) (any bool, err error) {
 		}
 	}
 	return any, nil
+}
+
+// lostWriters is Losses for writers.
+func (t *Tree) lostWriters(ctx context.Context, key loader.LossKey, count uint64, handle func(context.Context) (bool, error)) (any bool, err error) {
+	t.mu.Lock()
+	missing := count - t.recorded[key]
+	t.mu.Unlock()
+	if missing == 0 {
+		return false, nil
+	}
+	if all, err := handle(ctx); err != nil || !all {
+		return false, err
+	}
+	t.log.Error("writers lost", zap.Uint64("count", missing))
+	if err := t.recordLostWriters(ctx, lossName(key.Reason, key.NS, missing)); err != nil {
+		return false, err
+	}
+	t.mu.Lock()
+	t.recorded[key] = count
+	t.mu.Unlock()
+	return true, nil
+}
+
+// recordLostWriters appends a violation to each list that tells of files, and waits until it is logged. The native list comes last, and has it
+// in any case: what is in it is not told again.
+func (t *Tree) recordLostWriters(ctx context.Context, name string) error {
+	holders := slices.DeleteFunc(t.listing(), func(s *State) bool { return s == t.native || len(s.held.at) == 0 })
+	for _, s := range holders {
+		if err := s.appendViolation(name, event.LossWriterLost); err != nil {
+			if err := s.giveUp(ctx, err); err != nil {
+				return err
+			}
+		}
+	}
+	for _, s := range holders {
+		if s.ended {
+			continue
+		}
+		if err := s.list.Barrier(ctx); err != nil {
+			if err := s.giveUp(ctx, err); err != nil {
+				return err
+			}
+		}
+	}
+	return t.native.recordOwnLoss(ctx, name, event.LossWriterLost)
+}
+
+// listing returns the states whose lists go on.
+func (t *Tree) listing() []*State {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var states []*State
+	for _, s := range t.states {
+		if s.list != nil && !s.ended {
+			states = append(states, s)
+		}
+	}
+	return states
 }
 
 // forgetLosses drops the counter of a namespace that the kernel side does not know any more either: nobody is left to add to it.

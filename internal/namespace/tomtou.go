@@ -50,16 +50,7 @@ func (s *State) makeRoomToHold(ctx context.Context) error {
 // Write records in each list that tells of a file that it is being opened for writing while it is in use: a violation by the name that
 // the list has for it, once for each content. Source: ima_rdwr_violation_check in security/integrity/ima/ima_main.c.
 func (t *Tree) Write(ctx context.Context, w *event.Write) error {
-	t.mu.Lock()
-	states := make([]*State, 0, len(t.states))
-	for _, s := range t.states {
-		states = append(states, s)
-	}
-	t.mu.Unlock()
-	for _, s := range states {
-		if s.list == nil || s.ended {
-			continue
-		}
+	for _, s := range t.listing() {
 		if err := s.written(ctx, w); err != nil {
 			if err := s.giveUp(ctx, err); err != nil {
 				return err

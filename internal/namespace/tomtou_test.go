@@ -1,13 +1,17 @@
 package namespace
 
 import (
+	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/loader"
+	"imans.dev/imans-agent/internal/measure"
 	"imans.dev/imans-agent/internal/policy"
 )
 
@@ -110,4 +114,55 @@ func TestHeldTooMany(t *testing.T) {
 			t.Errorf("entry %d of the native list is %s", n, name)
 		}
 	}
+}
+
+// A writer that is lost is in each list that tells of files, in no other, and in the native list. An agent that died before that has it told
+// again; one that told all has not.
+func TestLostWriters(t *testing.T) {
+	h := watched(t)
+	h.run("/a", 1, "x")
+	other := active(h.tree, event.MountNS{Inum: 8, ID: 8}, filepath.Join(h.tree.nsDir(), "8-8"), 10)
+	other.parent = h.tree.native
+	h.tree.states[8] = other
+	if err := other.open(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	key := loader.LossKey{Reason: event.LossWriterLost}
+	lists := map[string]*measure.List{"holder": h.s.list, "other": other.list, "native": h.tree.native.list}
+	all := true
+	lost := func(count uint64, want bool, told map[string]int) {
+		t.Helper()
+		handle := func(context.Context) (bool, error) {
+			if all {
+				h.run("/late", 2, "y") // was recorded before the writer
+			}
+			return all, nil
+		}
+		if any, err := h.tree.lostWriters(soon(t), key, count, handle); any != want || err != nil {
+			t.Errorf("%t, %v, want %t", any, err, want)
+		}
+		for which, list := range lists {
+			n := 0
+			for _, name := range names(t, list) {
+				if strings.HasPrefix(name, "imans-lost/writer_lost/0:0/") {
+					n++
+				}
+			}
+			if n != told[which] {
+				t.Errorf("%d of %d: %d violations in the list of %s, want %d", count, h.tree.recorded[key], n, which, told[which])
+			}
+		}
+	}
+	lost(1, true, map[string]int{"holder": 1, "native": 1})
+	lost(1, false, map[string]int{"holder": 1, "native": 1})
+	all = false
+	lost(3, false, map[string]int{"holder": 1, "native": 1})
+	all = true
+	h.s.held.at = map[event.Inode]heldRecord{} // /late comes meanwhile
+	lost(3, true, map[string]int{"holder": 2, "native": 2})
+	h.tree.recorded = map[loader.LossKey]uint64{}
+	if err := h.tree.readRecordedLosses(h.tree.native.list); err != nil || h.tree.recorded[key] != 3 {
+		t.Errorf("the next agent finds %d on record, %v", h.tree.recorded[key], err)
+	}
+	lost(3, false, map[string]int{"holder": 2, "native": 2})
 }

@@ -202,6 +202,25 @@ func TestNeverSilentWriters(t *testing.T) {
 	a.verifyNow("native")
 }
 
+// startHolder runs a program in a mount namespace of its own, with a library if one is given, until the test ends. It returns the namespace.
+func startHolder(t *testing.T, preload string) (name string) {
+	t.Helper()
+	cmd := exec.Command("unshare", "--mount", "sh", "-c", "LD_PRELOAD="+preload+" cat; :")
+	in, err := cmd.StdinPipe()
+	out, errOut := cmd.StdoutPipe()
+	if err = errors.Join(err, errOut, cmd.Start()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close(); cmd.Wait() })
+	if _, err := in.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 1)); err != nil { // it runs
+		t.Fatal(err)
+	}
+	return fmt.Sprint(mountNS(t, cmd.Process.Pid))
+}
+
 // It is a violation in the lists that tell of the file, and in no others; whatever became of the agent in between.
 func TestNeverSilentWritersOfContainers(t *testing.T) {
 	sample(t, "6.18")
@@ -209,23 +228,7 @@ func TestNeverSilentWritersOfContainers(t *testing.T) {
 	dir := tempDir(t, "/root")
 	file := dir + "/lib.so"
 	sh(t, "cp /lib/x86_64-linux-gnu/libm.so.6 "+file)
-	holder := func(preload string) (name string) {
-		t.Helper()
-		cmd := exec.Command("unshare", "--mount", "sh", "-c", "LD_PRELOAD="+preload+" cat; :")
-		in, err := cmd.StdinPipe()
-		out, errOut := cmd.StdoutPipe()
-		if err = errors.Join(err, errOut, cmd.Start()); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { in.Close(); cmd.Wait() })
-		if _, err := in.Write([]byte("x")); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := out.Read(make([]byte, 1)); err != nil { // it runs
-			t.Fatal(err)
-		}
-		return fmt.Sprint(mountNS(t, cmd.Process.Pid))
-	}
+	holder := func(preload string) string { return startHolder(t, preload) }
 	of, other := holder(file), holder("")
 	a.caughtUp()
 	check := func(when string, wants map[string]int) {
@@ -262,4 +265,109 @@ func TestNeverSilentWritersOfContainers(t *testing.T) {
 	write("3")
 	check("after the kernel side began anew", map[string]int{last: 1, "native": 3})
 	a.verifyNow("native")
+}
+
+// A writer that there was no room to tell of is a violation in each list that tells of files, though the writer is in none of their namespaces,
+// and though the agent comes to know of a list after the writer. The next writer is told of.
+func TestNeverSilentWritersLost(t *testing.T) {
+	sample(t, "6.12")
+	a := startAgent(t, "--namespaces", "all", "--ns-tpm", "none", "--ring-size", "64")
+	dir := tempDir(t, "/root")
+	file, lateFile := dir+"/lib.so", dir+"/late.so"
+	sh(t, fmt.Sprintf("cp /lib/x86_64-linux-gnu/libm.so.6 %s; cp /lib/x86_64-linux-gnu/libm.so.6 %s; echo >>%[2]s", file, lateFile))
+	of := startHolder(t, file)
+	var writes []string // small records, for what is left of the room
+	for i := range 20 {
+		path := fmt.Sprintf("%s/small%d", dir, i)
+		makeProgram(t, path)
+		defer mapped(t, path)()
+		writes = append(writes, path)
+	}
+	a.caughtUp()
+	a.cmd.Process.Signal(syscall.SIGSTOP)
+	late := startHolder(t, lateFile)
+	startLoad(t, tempDir(t, "/root"), 100, 1).wait()
+	for _, path := range append(writes, file, lateFile) {
+		if err := openForWriting(path, 0, ""); err != nil {
+			t.Error(err)
+		}
+	}
+	a.cmd.Process.Signal(syscall.SIGCONT)
+	a.caughtUp()
+	told := map[string]int{}
+	for ns, path := range map[string]string{of: file, late: lateFile, "native": file} {
+		measured, violations := names(a.list(ns))
+		told[ns] = count(violations, "imans-lost/writer_lost/0:0/")
+		if violations[path] != 0 || measured[path] != 1 {
+			t.Errorf("%s: %d entries, %d violations of %s: the writer was not lost", ns, measured[path], violations[path], path)
+		}
+		if told[ns] == 0 {
+			t.Errorf("%s: no violation of the lost writer: %v", ns, violations)
+		}
+	}
+	// A restart tells nothing twice.
+	a.signal(syscall.SIGKILL)
+	a.start()
+	a.caughtUp()
+	for ns, had := range told {
+		if _, violations := names(a.list(ns)); count(violations, "imans-lost/writer_lost/0:0/") != had {
+			t.Errorf("%s: %v, had %d of lost writers", ns, violations, had)
+		}
+	}
+	if err := openForWriting(file, 0, ""); err != nil {
+		t.Error(err)
+	}
+	a.caughtUp()
+	for _, ns := range []string{of, "native"} {
+		if _, violations := names(a.list(ns)); violations[file] != 1 {
+			t.Errorf("%s: %d violations of %s, which is written to again", ns, violations[file], file)
+		}
+	}
+	a.verifyNow("native")
+}
+
+// Two names of a file that someone keeps open for writing are as many events as he likes. What is kept of them does not grow with those.
+func TestNeverSilentWritersOfManyNames(t *testing.T) {
+	sample(t, "6.12")
+	a := startAgent(t)
+	dir := tempDir(t, "/root")
+	for range 12 {
+		dir += "/" + strings.Repeat("d", 250)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	path := dir + "/file"
+	makeProgram(t, path)
+	if err := os.Link(path, path+".link"); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	mapped(t, path)()
+	a.caughtUp()
+	native := strings.TrimSpace(sh(t, "ls -d "+a.dir+"/state/boots/*/native"))
+	size := func(name string) int64 {
+		st, err := os.Stat(native + "/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.Size()
+	}
+	held, list := size("held_inodes"), size("binary_runtime_measurements")
+	for range sized(100, 500, 100000) {
+		mapped(t, path+".link")()
+		mapped(t, path)()
+	}
+	a.caughtUp()
+	if grown := size("held_inodes") - held; grown > 16<<10 {
+		t.Errorf("held_inodes grew by %d bytes, the list by %d", grown, size("binary_runtime_measurements")-list)
+	}
+	_, violations := names(a.list("native"))
+	if violations[path] != 1 || violations[path+".link"] != 0 {
+		t.Errorf("%d violations of the file, %d of its link", violations[path], violations[path+".link"])
+	}
 }
