@@ -13,6 +13,9 @@ KERNEL  ?=
 RUN     ?=
 SHORT   ?=
 AGAIN   ?=
+RACE    ?= 1
+# Where nothing may be left out, the race detector is not, either.
+RACED   := $(if $(IMANS_REQUIRE_VM),1,$(filter-out 0,$(RACE)))
 VMFLAGS  = $(if $(SHORT),-short) $(if $(AGAIN),-again) $(if $(RUN),-run '$(RUN)') $(if $(KERNEL),-kernel '$(KERNEL)') $(if $(COVER),-cover '$(COVER)')
 
 .PHONY: help
@@ -52,11 +55,9 @@ test: lint test-unit generated ## run every check: lint, unit tests, generated f
 	@$(MAKE) test-vm SHORT=1 AGAIN=1 LIMIT=35m
 
 .PHONY: test-unit
-test-unit: ## run the unit tests, with the race detector where gcc is (RUN=regexp PKG=./…)
-	@$(DEPS) go test $(if $(IMANS_REQUIRE_VM),vm)
-	@type -P gcc >/dev/null || echo "no gcc: without the race detector"
-	if type -P gcc >/dev/null; then export CGO_ENABLED=1; race=-race; else export CGO_ENABLED=0; race=; fi; \
-	go test $$race $(if $(RUN),-run '$(RUN)') $(or $(PKG),./...)
+test-unit: ## run the unit tests with the race detector (RUN=regexp PKG=./… RACE=0 where there is no gcc)
+	@$(DEPS) go test $(if $(RACED),race) $(if $(IMANS_REQUIRE_VM),vm)
+	CGO_ENABLED=$(if $(RACED),1,0) go test $(if $(RACED),-race) $(if $(RUN),-run '$(RUN)') $(or $(PKG),./...)
 
 .PHONY: fuzz
 fuzz: ## give every decoder random input, FUZZTIME each (10s, or a number of inputs as 2000x; FUZZ=regexp of the targets, BLIND=1 compiles less)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # deps.sh NEED...: see to it that the tools of the named needs are there. Quick when they are. As root on Debian or Ubuntu
-# it installs what is missing; otherwise it says what to install and fails. Needs: base go generate test lint vm.
+# it installs what is missing; otherwise it says what to install and fails. Needs: base go generate test race lint vm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -12,8 +12,9 @@ tools_of() {
 	generate) echo clang-19:clang-19 llvm-strip-19:llvm-19 /usr/include/bpf/bpf_helpers.h:libbpf-dev \
 		/usr/include/linux/types.h:linux-libc-dev git:git ;;
 	lint) echo git:git '?shellcheck:shellcheck' ;;
-	test) echo '?gcc:gcc' '?/usr/include/stdlib.h:libc6-dev' swtpm:swtpm swtpm_setup:swtpm-tools tpm2_pcrread:tpm2-tools \
+	test) echo swtpm:swtpm swtpm_setup:swtpm-tools tpm2_pcrread:tpm2-tools \
 		evmctl:ima-evm-utils busybox:busybox-static runc:runc ;;
+	race) echo gcc:gcc /usr/include/stdlib.h:libc6-dev ;;
 	vm)
 		echo qemu-system-x86_64:qemu-system-x86 swtpm:swtpm swtpm_setup:swtpm-tools mmdebstrap:mmdebstrap mke2fs:e2fsprogs \
 			depmod:kmod xz:xz-utils zstd:zstd dpkg-deb:dpkg apt-get:apt tar:tar \
