@@ -51,7 +51,7 @@ lint: ## check format, vet, staticcheck, the import layers and the shell scripts
 
 .PHONY: test
 test: lint test-unit generated ## run every check: lint, unit tests, generated files, fuzzing, all kernels
-	@$(MAKE) fuzz FUZZTIME=1000x BLIND=1
+	@$(MAKE) fuzz FUZZTIME=2000x OWN=1
 	@$(MAKE) test-vm SHORT=1 AGAIN=1 LIMIT=35m
 
 .PHONY: test-unit
@@ -60,9 +60,9 @@ test-unit: ## run the unit tests with the race detector (RUN=regexp PKG=./… RA
 	CGO_ENABLED=$(if $(RACED),1,0) go test $(if $(RACED),-race) $(if $(RUN),-run '$(RUN)') $(or $(PKG),./...)
 
 .PHONY: fuzz
-fuzz: ## give every decoder random input, FUZZTIME each (10s, or a number of inputs as 2000x; FUZZ=regexp of the targets, BLIND=1 compiles less)
+fuzz: ## give every decoder random input, FUZZTIME each (10s, or a number of inputs as 2000x; FUZZ=regexp of the targets, OWN=1 compiles less)
 	@$(DEPS) go test
-	tools/setup/fuzz.sh $(or $(FUZZTIME),10s) '$(or $(FUZZ),.)' $(if $(BLIND),blind)
+	tools/setup/fuzz.sh $(or $(FUZZTIME),10s) '$(or $(FUZZ),.)' $(if $(OWN),own)
 
 .PHONY: test-vm
 test-vm: ## run the tests of the vm tag on stock kernels (RUN=regexp KERNEL=6.12 COVER=file SHORT=1 AGAIN=1 LIMIT=1h)
