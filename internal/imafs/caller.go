@@ -81,15 +81,16 @@ func newTask(c fuse.Caller) (*task, error) {
 	if t.GIDs, err = readIDMap(c.Pid, "gid_map"); err != nil {
 		return nil, err
 	}
-	return t, t.readStatus()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", t.TID))
+	if err != nil {
+		return nil, unix.EACCES
+	}
+	return t, t.parseStatus(string(status))
 }
 
-func (t *task) readStatus() error {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", t.TID))
-	if err != nil {
-		return unix.EACCES
-	}
-	for line := range strings.Lines(string(b)) {
+// parseStatus takes what the text of a status file tells.
+func (t *task) parseStatus(text string) (err error) {
+	for line := range strings.Lines(text) {
 		name, value, _ := strings.Cut(line, ":")
 		value = strings.TrimSpace(value)
 		switch name {
@@ -98,17 +99,24 @@ func (t *task) readStatus() error {
 		case "CapEff":
 			t.caps, err = strconv.ParseUint(value, 16, 64)
 		case "Groups":
-			for _, word := range strings.Fields(value) {
-				var gid uint64
-				gid, err = strconv.ParseUint(word, 10, 32)
-				t.groups = append(t.groups, uint32(gid))
-			}
+			t.groups, err = parseGroups(value)
 		}
 		if err != nil {
 			return fmt.Errorf("read status of task %d: %s: %w", t.TID, name, err)
 		}
 	}
 	return nil
+}
+
+func parseGroups(value string) (groups []uint32, err error) {
+	for word := range strings.FieldsSeq(value) {
+		gid, err := strconv.ParseUint(word, 10, 32)
+		if err != nil {
+			return nil, err
+		}
+		groups = append(groups, uint32(gid))
+	}
+	return groups, nil
 }
 
 // readIDMap reads a uid_map or gid_map. Its outer ids are the host's, since the agent reads it.

@@ -3,7 +3,10 @@ package imafs
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
+	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -75,6 +78,43 @@ func FuzzRequests(f *testing.F) {
 		s.Read(never, &fuse.ReadIn{InHeader: h, Fh: out.Fh, Offset: offset, Size: 512}, buf)
 		s.Flush(never, &fuse.FlushIn{InHeader: h, Fh: out.Fh})
 		s.Release(never, &fuse.ReleaseIn{InHeader: h, Fh: out.Fh})
+	})
+}
+
+// A caller one of whose groups can't be told has no rights by the others.
+func TestCallerGroups(t *testing.T) {
+	for text, want := range map[string]int{"Groups:\t1 2 \n": 2, "Groups:\t \n": 0, "Groups:\t1 x 2\n": -1, "Groups:\t1 -2 3\n": -1} {
+		var one task
+		if err := one.parseStatus(text); (err != nil) != (want < 0) || len(one.groups) != max(want, 0) {
+			t.Errorf("%q: %v, %v", text, one.groups, err)
+		}
+	}
+}
+
+// FuzzCaller: what the kernel says of a caller and of its files is read as it says it, or refused whole.
+func FuzzCaller(f *testing.F) {
+	own, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(string(own))
+	f.Add("Name:\tcat\nTgid:\t4422\nGroups:\t0 27 1000 \nSigPnd:\t0000000000000100\nCapEff:\t000001ffffffffff\n")
+	f.Add("Groups:\t1 x 2\n")
+	f.Add("pos:\t0\nflags:\t0100001\nmnt_id:\t31\nino:\t4422\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		killed(text)
+		flags, inode := parseFDInfo(text)
+		if f, i := parseFDInfo(fmt.Sprintf("flags:\t0%o\nino:\t%d\n", flags, inode)); f != flags || i != inode {
+			t.Fatalf("flags %o and inode %d, read again %o and %d", flags, inode, f, i)
+		}
+		var one, again task
+		if one.parseStatus(text) != nil {
+			return
+		}
+		said := fmt.Sprintf("Tgid:\t%d\nCapEff:\t%016x\nGroups:\t%s \n", one.TGID, one.caps, strings.Trim(fmt.Sprint(one.groups), "[]"))
+		if err := again.parseStatus(said); err != nil || !reflect.DeepEqual(again, one) {
+			t.Fatalf("%+v, read again %+v, %v", one, again, err)
+		}
 	})
 }
 

@@ -54,19 +54,24 @@ func holds(pid, ino uint64) bool {
 		if err != nil {
 			continue
 		}
-		var flags, inode uint64
-		for line := range strings.Lines(string(info)) {
-			name, value, _ := strings.Cut(line, ":")
-			switch value = strings.TrimSpace(value); name {
-			case "flags":
-				flags, _ = strconv.ParseUint(value, 8, 64)
-			case "ino":
-				inode, _ = strconv.ParseUint(value, 10, 64)
-			}
-		}
+		flags, inode := parseFDInfo(string(info))
 		if inode == ino && flags&unix.O_ACCMODE == unix.O_WRONLY && flags&unix.O_PATH == 0 {
 			return true
 		}
 	}
 	return false
+}
+
+// parseFDInfo reads what /proc/PID/fdinfo/FD tells of an open file; 0 is what it does not tell.
+func parseFDInfo(text string) (flags, inode uint64) {
+	for line := range strings.Lines(text) {
+		name, value, _ := strings.Cut(line, ":")
+		switch value = strings.TrimSpace(value); name {
+		case "flags":
+			flags, _ = strconv.ParseUint(value, 8, 64)
+		case "ino":
+			inode, _ = strconv.ParseUint(value, 10, 64)
+		}
+	}
+	return flags, inode
 }

@@ -53,7 +53,12 @@ func dying(tid uint32) bool {
 	if err != nil {
 		return true
 	}
-	for line := range strings.Lines(string(b)) {
+	return killed(string(b))
+}
+
+// killed reports whether the text of a status file tells of a pending SIGKILL.
+func killed(text string) bool {
+	for line := range strings.Lines(text) {
 		name, value, _ := strings.Cut(line, ":")
 		if name != "SigPnd" && name != "ShdPnd" {
 			continue
