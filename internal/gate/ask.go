@@ -10,14 +10,13 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
-	"imans.dev/imans-agent/internal/event"
 	"imans.dev/imans-agent/internal/ima"
 )
 
 // takes is told of a question by the guard. Each is answered by a goroutine of its own, so that none waits for another.
-func (g *Gates) takes(name event.MountNS, task uint32, number int32, exec bool, file *os.File) {
+func (g *Gates) takes(h handedOn, file *os.File) {
 	g.mu.Lock()
-	one, ok := g.named[name]
+	one, ok := g.named[h.group]
 	if ok {
 		g.answers.Add(1)
 	}
@@ -30,13 +29,13 @@ func (g *Gates) takes(name event.MountNS, task uint32, number int32, exec bool, 
 	if file == nil {
 		defer g.answers.Done()
 		g.config.Log.Error("not measured before its use: its descriptor did not come", zap.Stringer("ns", one.owner), zap.Bool("denied", one.closed))
-		one.respond(number, !one.closed)
+		one.respond(h.number, !one.closed)
 		return
 	}
 	one.mu.Lock()
-	one.oldest[number] = time.Now()
+	one.oldest[h.number] = time.Now()
 	one.mu.Unlock()
-	q := &question{gate: one, file: file, fd: fdOf(file), number: number, task: task, exec: exec}
+	q := &question{gate: one, file: file, fd: fdOf(file), number: h.number, task: h.task, exec: h.exec}
 	go func() {
 		defer g.answers.Done()
 		q.answer()

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"debug/elf"
 	"encoding/binary"
+	"encoding/json"
 	"os"
 	"testing"
 
@@ -108,6 +109,42 @@ func descriptors(t *testing.T) (n int) {
 		}
 	}
 	return n
+}
+
+// FuzzHandedOn: what the agent takes for a question is what a guard says that has it.
+func FuzzHandedOn(f *testing.F) {
+	whole := handedOn{event.MountNS{Inum: 4026532281, ID: 7}, 4422, 9, true}.append(nil)
+	f.Add(whole)
+	f.Add(whole[:messageSize])
+	f.Add([]byte{sayDropped})
+	f.Fuzz(func(t *testing.T, message []byte) {
+		h, ok := handedOnIn(message)
+		if said := h.append(nil); ok && !bytes.Equal(said, message) {
+			t.Fatalf("%+v of %x is said as %x", h, message, said)
+		}
+	})
+}
+
+// FuzzGuardState: which guard an agent had is read as it was recorded, or refused and nobody is ended.
+func FuzzGuardState(f *testing.F) {
+	f.Add([]byte(`{"pid":4422,"start":"123456"}`))
+	f.Add([]byte(`{"pid":-1}{}`))
+	f.Fuzz(func(t *testing.T, content []byte) {
+		s, err := parseGuard(content)
+		if err != nil {
+			if s != (guardState{}) {
+				t.Fatalf("%+v, though %v", s, err)
+			}
+			return
+		}
+		b, err := json.Marshal(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again, err := parseGuard(b); err != nil || again != s {
+			t.Fatalf("recorded and read again: %+v, was %+v; %v", again, s, err)
+		}
+	})
 }
 
 // FuzzDescriptor: a control message has one descriptor, or it is refused.

@@ -37,7 +37,7 @@ type guard struct {
 	old       guardState // an earlier agent's
 	// dropped is called when the guard has let all through.
 	dropped func()
-	asked   func(name event.MountNS, task uint32, number int32, exec bool, file *os.File)
+	asked   func(h handedOn, file *os.File)
 	oldest  func() (time.Time, bool)
 	spoke   atomic.Pointer[time.Time] // when the guard last said anything
 
@@ -168,17 +168,16 @@ func (g *guard) listen(conn int, cmd *exec.Cmd) {
 			break
 		}
 		g.heard()
-		switch {
+		switch h, ok := handedOnIn(buf[:n]); {
 		case buf[0] == sayDropped && g.is(conn):
 			g.config.Log.Error("the gates were open: this process did not answer in time, and its guard let all through")
 			g.dropped()
-		case buf[0] == sayAsked && n == askedSize:
+		case ok:
 			var file *os.File // none if this process has too many open
 			if fd, err := descriptorIn(oob[:oobn]); err == nil {
 				file = os.NewFile(uintptr(fd), "asked")
 			}
-			task, number := binary.LittleEndian.Uint32(buf[messageSize:]), binary.LittleEndian.Uint32(buf[messageSize+4:])
-			g.asked(nameIn(buf), task, int32(number), buf[askedSize-1] == 1, file)
+			g.asked(h, file)
 		}
 	}
 	go cmd.Wait() // it ends when no file system holds it up
@@ -302,19 +301,25 @@ func (s guardState) end() error {
 }
 
 // readGuard reads which guard an agent had. No file is no guard.
-func readGuard(stateFile string) (guardState, error) {
-	var s guardState
+func readGuard(stateFile string) (s guardState, err error) {
 	b, err := os.ReadFile(stateFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return s, nil
 	}
 	if err == nil {
-		err = json.Unmarshal(b, &s)
+		s, err = parseGuard(b)
 	}
 	if err != nil {
 		err = fmt.Errorf("read which guard an earlier agent had: %w", err)
 	}
 	return s, err
+}
+
+func parseGuard(b []byte) (s guardState, err error) {
+	if err := json.Unmarshal(b, &s); err != nil {
+		return guardState{}, err
+	}
+	return s, nil
 }
 
 // EndGuard ends the guard that an agent left, so that the gates are open which it holds closed.

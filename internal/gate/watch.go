@@ -311,14 +311,8 @@ func (w *watch) questions(a asked, handOn bool) {
 
 // handOn gives the agent a question; false: it has too many that it did not take.
 func (w *watch) handOn(ns event.MountNS, m *unix.FanotifyEventMetadata) bool {
-	message := appendName([]byte{sayAsked}, ns)
-	message = binary.LittleEndian.AppendUint32(message, uint32(m.Pid))
-	message = binary.LittleEndian.AppendUint32(message, uint32(m.Fd))
-	exec := byte(0)
-	if m.Mask&unix.FAN_OPEN_EXEC_PERM != 0 {
-		exec = 1
-	}
-	return unix.Sendmsg(w.conn, append(message, exec), unix.UnixRights(int(m.Fd)), nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT) == nil
+	message := handedOn{ns, uint32(m.Pid), m.Fd, m.Mask&unix.FAN_OPEN_EXEC_PERM != 0}.append(nil)
+	return unix.Sendmsg(w.conn, message, unix.UnixRights(int(m.Fd)), nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT) == nil
 }
 
 // isBelow reports whether a task is one of those meant, or descends from one. With a file system that others have too, and without the agent,

@@ -43,6 +43,34 @@ func nameIn(message []byte) event.MountNS {
 	return event.MountNS{ID: binary.LittleEndian.Uint64(message[1:]), Inum: binary.LittleEndian.Uint32(message[9:])}
 }
 
+// handedOn is a question that the guard does not answer itself.
+type handedOn struct {
+	group  event.MountNS // by its name
+	task   uint32
+	number int32 // what the answer names
+	exec   bool  // the file is to run
+}
+
+// append adds the question to a message.
+func (h handedOn) append(message []byte) []byte {
+	message = appendName(append(message, sayAsked), h.group)
+	message = binary.LittleEndian.AppendUint32(message, h.task)
+	message = binary.LittleEndian.AppendUint32(message, uint32(h.number))
+	if h.exec {
+		return append(message, 1)
+	}
+	return append(message, 0)
+}
+
+// handedOnIn returns the question in a message; false: there is none.
+func handedOnIn(message []byte) (handedOn, bool) {
+	if len(message) != askedSize || message[0] != sayAsked || message[askedSize-1] > 1 {
+		return handedOn{}, false
+	}
+	task, number := binary.LittleEndian.Uint32(message[messageSize:]), binary.LittleEndian.Uint32(message[messageSize+4:])
+	return handedOn{nameIn(message), task, int32(number), message[askedSize-1] == 1}, true
+}
+
 // descriptorIn returns the one descriptor of a control message.
 func descriptorIn(oob []byte) (int, error) {
 	controls, err := unix.ParseSocketControlMessage(oob)
