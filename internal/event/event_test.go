@@ -1,6 +1,7 @@
 package event
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"strings"
@@ -196,6 +197,56 @@ func TestDecodeRefuses(t *testing.T) {
 	}
 }
 
+// FuzzDecodeTasks: tasks are read as the iterator wrote them, all or none.
+func FuzzDecodeTasks(f *testing.F) {
+	one := make([]byte, TaskSize)
+	for i := range one {
+		one[i] = byte(i)
+	}
+	f.Add(one)
+	f.Add(append(one, make([]byte, TaskSize)...))
+	f.Add(one[:TaskSize-1])
+	f.Fuzz(func(t *testing.T, b []byte) {
+		tasks, err := DecodeTasks(b)
+		if err != nil {
+			if len(tasks) != 0 || len(b)%TaskSize == 0 {
+				t.Fatalf("%d tasks of %d bytes, and %v", len(tasks), len(b), err)
+			}
+			return
+		}
+		var again []byte
+		ne := binary.NativeEndian
+		for _, task := range tasks {
+			for _, n := range []uint64{task.NS.ID, task.ParentNS.ID, uint64(task.Process.Start)} {
+				again = ne.AppendUint64(again, n)
+			}
+			for _, n := range []uint32{task.NS.Inum, task.ParentNS.Inum, task.Process.TGID, task.Process.PID} {
+				again = ne.AppendUint32(again, n)
+			}
+		}
+		if !bytes.Equal(again, b) {
+			t.Fatalf("%x, written again %x", b, again)
+		}
+	})
+}
+
+// FuzzMountNS: a namespace's name that is taken is written as it is read.
+func FuzzMountNS(f *testing.F) {
+	f.Add("4026532281:7")
+	f.Add("4026532281")
+	f.Add("4294967296:18446744073709551616")
+	f.Fuzz(func(t *testing.T, text string) {
+		var n, again MountNS
+		if n.UnmarshalText([]byte(text)) != nil {
+			return
+		}
+		if err := again.UnmarshalText([]byte(n.String())); err != nil || again != n {
+			t.Fatalf("%q is %v; read again %v, %v", text, n, again, err)
+		}
+	})
+}
+
+// FuzzDecode: a record is decoded or refused, and no path is longer than the kernel's own.
 func FuzzDecode(f *testing.F) {
 	f.Add(fileRecord("/bin/true", nil))
 	f.Add(fileRecord("/bin/true", nil)[:FileSize])

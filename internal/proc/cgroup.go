@@ -13,7 +13,11 @@ func CgroupName(pid int) string {
 	if err != nil {
 		return ""
 	}
-	for line := range strings.Lines(string(b)) {
+	return cgroupName(string(b))
+}
+
+func cgroupName(text string) string {
+	for line := range strings.Lines(text) {
 		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
 			return strings.TrimSuffix(path[strings.LastIndexByte(path, '/')+1:], ".scope")
 		}

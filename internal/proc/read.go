@@ -21,10 +21,17 @@ func Stat(pid int) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	text := string(b)
+	fields, err := parseStat(string(b))
+	if err != nil {
+		return nil, fmt.Errorf("read /proc/%d/stat: %w", pid, err)
+	}
+	return fields, nil
+}
+
+func parseStat(text string) ([]string, error) {
 	fields := strings.Fields(text[strings.LastIndexByte(text, ')')+1:])
 	if len(fields) <= StatStart {
-		return nil, fmt.Errorf("/proc/%d/stat has %d fields behind the name", pid, len(fields))
+		return nil, fmt.Errorf("%d fields behind the name", len(fields))
 	}
 	return fields, nil
 }
@@ -35,10 +42,16 @@ func Namespace(pid int, kind string) (uint32, error) {
 	if err != nil {
 		return 0, err
 	}
-	_, number, _ := strings.Cut(strings.TrimSuffix(link, "]"), "[")
-	n, err := strconv.ParseUint(number, 10, 32)
+	n, err := parseNamespace(link)
 	if err != nil {
 		return 0, fmt.Errorf("read the %s namespace of task %d: %w", kind, pid, err)
 	}
-	return uint32(n), nil
+	return n, nil
+}
+
+// parseNamespace reads KIND:[NUMBER].
+func parseNamespace(link string) (uint32, error) {
+	_, number, _ := strings.Cut(strings.TrimSuffix(link, "]"), "[")
+	n, err := strconv.ParseUint(number, 10, 32)
+	return uint32(n), err
 }
