@@ -2,6 +2,7 @@ package loader
 
 import (
 	"encoding/binary"
+	"fmt"
 	"testing"
 )
 
@@ -80,4 +81,60 @@ func TestRingWraps(t *testing.T) {
 		}
 		r.commit()
 	}
+}
+
+// FuzzRing: whatever a kernel side records, discards and is still at, and whenever an agent reads, commits or dies, each record is read whole
+// and in order, and what is committed never again. A byte is a record's size or, by its low bits, what else is done.
+func FuzzRing(f *testing.F) {
+	f.Add([]byte{0, 17, 2, 3, 64, 5})
+	f.Add([]byte{8, 9, 10, 3, 4, 5, 3})
+	f.Add([]byte{0xf8, 3, 4, 0xf8, 3, 4, 0xf8, 5, 3})
+	f.Fuzz(func(t *testing.T, acts []byte) {
+		p := newProducer(512)
+		r := newRing(p.consumer, p.pages, p.page, p.size)
+		var wait, read []string // records that are to be read, and those that were, uncommitted
+		var busy []uint64       // where records are that are not done
+		for n, act := range acts {
+			payload := fmt.Sprintf("%0*d", int(act>>3), n)
+			switch act & 7 {
+			case 0, 1, 2:
+				if r.backlog()+uint64(len(payload))+2*ringHeaderSize > uint64(p.size) {
+					continue // as the kernel: it counts a loss
+				}
+				word := uint32(len(payload))
+				if act&7 == 1 {
+					word |= ringDiscard
+				} else {
+					wait = append(wait, payload)
+				}
+				if act&7 == 2 {
+					busy = append(busy, p.at)
+					word |= ringBusy
+				}
+				p.put(word, payload)
+			case 3:
+				for b := r.next(); b != nil; b = r.next() {
+					if len(wait) == 0 || string(b) != wait[0] || len(busy) > 0 && r.position > busy[0] {
+						t.Fatalf("read %q, want the first of %q; busy are %d", b, wait, busy)
+					}
+					read, wait = append(read, wait[0]), wait[1:]
+				}
+				if len(busy) == 0 && len(wait) > 0 {
+					t.Fatalf("not read: %q", wait)
+				}
+			case 4:
+				r.commit()
+				read = nil
+			case 5: // the next agent
+				r = newRing(p.consumer, p.pages, p.page, p.size)
+				wait, read = append(read, wait...), nil
+			default:
+				for _, at := range busy {
+					word := p.pages[p.page+int(at)%p.size:]
+					binary.NativeEndian.PutUint32(word, binary.NativeEndian.Uint32(word)&^ringBusy)
+				}
+				busy = nil
+			}
+		}
+	})
 }
