@@ -181,3 +181,19 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// FuzzName: a Name that is taken is written as it is read.
+func FuzzName(f *testing.F) {
+	f.Add("000b" + strings.Repeat("5b", 32))
+	f.Add("0004" + strings.Repeat("00", 19))
+	f.Add("0010")
+	f.Fuzz(func(t *testing.T, text string) {
+		n, err := ParseName(text)
+		if err != nil {
+			return
+		}
+		if again, err := ParseName(n.String()); err != nil || again != n || !strings.EqualFold(n.String(), text) {
+			t.Fatalf("%q is %v; read again %v, %v", text, n, again, err)
+		}
+	})
+}

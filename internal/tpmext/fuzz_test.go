@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -11,6 +12,21 @@ import (
 
 	"imans.dev/imans-agent/internal/ima"
 )
+
+// FuzzSysfsDigest: what sysfs shows of a register of a TPM 1.2 is taken as it is written, or refused.
+func FuzzSysfsDigest(f *testing.F) {
+	f.Add([]byte("DA39A3EE5E6B4B0D3255BFEF95601890AFD80709\n"))
+	f.Add([]byte("DA39\n"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		d, err := sysfsDigest("fuzzed", text)
+		if err != nil {
+			return
+		}
+		if want := "sha1:" + strings.ToLower(strings.TrimSpace(string(text))); d.String() != want {
+			t.Fatalf("%q is %v", text, d)
+		}
+	})
+}
 
 // FuzzResponses: whatever answers in a TPM's place, one response for each command, a read ends with an error or with values of the banks
 // that it says it has.

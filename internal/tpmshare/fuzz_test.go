@@ -3,10 +3,13 @@ package tpmshare
 import (
 	"bytes"
 	"encoding/binary"
+	"net"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
+	"golang.org/x/sys/unix"
 )
 
 // addCommands adds one command of each code, and some that are cut.
@@ -57,6 +60,62 @@ func FuzzParseRequest(f *testing.F) {
 			t.Fatalf("changed to %x", q.raw)
 		}
 		rules{measured, protected}.refuse(q)
+	})
+}
+
+// stream is a connection from which bytes come, and then nothing.
+type stream struct {
+	net.Conn
+	*bytes.Reader
+}
+
+func (s stream) Read(b []byte) (int, error)      { return s.Reader.Read(b) }
+func (s stream) SetReadDeadline(time.Time) error { return nil }
+
+// FuzzReadCommand: of what a client sends each command is read as it says where it ends, and no more of it.
+func FuzzReadCommand(f *testing.F) {
+	f.Add(slices.Concat(getRandom, getRandom))
+	f.Add(getRandom[:9])
+	f.Add([]byte{0x80, 1, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		r := bytes.NewReader(sent)
+		c := &connection{Conn: stream{Reader: r}, server: &Server{}}
+		for {
+			left := sent[len(sent)-r.Len():]
+			raw, rc := c.readCommand(0)
+			if raw == nil {
+				if rc != tpm2.TPMRCSuccess && len(left)-r.Len() != headerSize {
+					t.Fatalf("refused by %#x after %d bytes", uint32(rc), len(left)-r.Len())
+				}
+				return
+			}
+			if rc != tpm2.TPMRCSuccess || len(raw) > maxCommand || len(left)-r.Len() != len(raw) || !bytes.HasPrefix(left, raw) {
+				t.Fatalf("%x with %#x, of %x", raw, uint32(rc), left)
+			}
+		}
+	})
+}
+
+// FuzzDiag: of the kernel's answers only one to the question tells a socket, the one that was asked for.
+func FuzzDiag(f *testing.F) {
+	id := []byte{0x09, 0x11, 0xc0, 0x01, 127, 0, 0, 1}
+	answer := make([]byte, diagMessage)
+	binary.NativeEndian.PutUint16(answer[4:], sockDiagFamily)
+	binary.NativeEndian.PutUint32(answer[8:], 7)
+	copy(answer[diagMessageID:], id)
+	answer[diagInode] = 9
+	f.Add(answer, uint32(7), id)
+	f.Add(answer[:diagMessage-1], uint32(7), id)
+	refused := make([]byte, netlinkHeader+20)
+	binary.NativeEndian.PutUint16(refused[4:], unix.NLMSG_ERROR)
+	binary.NativeEndian.PutUint32(refused[netlinkHeader:], ^uint32(unix.ENOENT)+1)
+	f.Add(refused, uint32(0), id)
+	f.Fuzz(func(t *testing.T, answer []byte, seq uint32, id []byte) {
+		id = id[:min(len(id), diagID)]
+		inode, answers, err := parseDiag(answer, seq, id)
+		if inode != 0 && (!answers || err != nil || !bytes.Contains(answer, id) || !bytes.Contains(answer, binary.NativeEndian.AppendUint32(nil, seq))) {
+			t.Fatalf("inode %d, %v, %v of %x", inode, answers, err, answer)
+		}
 	})
 }
 

@@ -104,21 +104,30 @@ func (p *peers) receive(id []byte) (uint32, error) {
 		if err != nil {
 			return 0, fmt.Errorf("ask for the peer's socket: %w", err)
 		}
-		if n < netlinkHeader+4 || binary.NativeEndian.Uint32(b[8:]) != p.seq {
-			continue // an answer that came after its time
+		inode, answers, err := parseDiag(b[:n], p.seq, id)
+		if !answers {
+			continue // it came after its time
 		}
-		if binary.NativeEndian.Uint16(b[4:]) == unix.NLMSG_ERROR {
-			errno := unix.Errno(-int32(binary.NativeEndian.Uint32(b[netlinkHeader:])))
-			if errno == unix.ENOENT {
-				return 0, nil
-			}
-			return 0, fmt.Errorf("ask for the peer's socket: %w; it takes the kernel's module tcp_diag", errno)
-		}
-		if n < diagMessage || string(b[diagMessageID:diagMessageID+len(id)]) != string(id) {
-			return 0, nil
-		}
-		return binary.NativeEndian.Uint32(b[diagInode:]), nil
+		return inode, err
 	}
+}
+
+// parseDiag reads an answer about the socket of that id; answers: it is that to the request with that number.
+func parseDiag(b []byte, seq uint32, id []byte) (inode uint32, answers bool, err error) {
+	if len(b) < netlinkHeader+4 || binary.NativeEndian.Uint32(b[8:]) != seq {
+		return 0, false, nil
+	}
+	if binary.NativeEndian.Uint16(b[4:]) == unix.NLMSG_ERROR {
+		errno := unix.Errno(-int32(binary.NativeEndian.Uint32(b[netlinkHeader:])))
+		if errno == unix.ENOENT {
+			return 0, true, nil
+		}
+		return 0, true, fmt.Errorf("ask for the peer's socket: %w; it takes the kernel's module tcp_diag", errno)
+	}
+	if len(b) < diagMessage || string(b[diagMessageID:diagMessageID+len(id)]) != string(id) {
+		return 0, true, nil
+	}
+	return binary.NativeEndian.Uint32(b[diagInode:]), true, nil
 }
 
 // process returns a process of the namespace that has a socket open; 0 if there is none. The one with the lowest number is most
