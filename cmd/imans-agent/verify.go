@@ -156,12 +156,7 @@ func (o verifyOptions) values(ctx context.Context, file io.Reader, bank ima.Hash
 		o.pcrs = append(o.pcrs, strings.Fields(string(text))...)
 	}
 	for _, p := range o.pcrs {
-		number, text, _ := strings.Cut(p, "=")
-		pcr, err := strconv.Atoi(number)
-		if err != nil {
-			return nil, "", usageError{fmt.Errorf("--pcr %s: want NUMBER=ALGORITHM:HEX", p)}
-		}
-		d, err := ima.ParseDigest(text)
+		pcr, d, err := parsePCR(p)
 		if err != nil {
 			return nil, "", usageError{fmt.Errorf("--pcr %s: %w", p, err)}
 		}
@@ -185,6 +180,17 @@ func (o verifyOptions) values(ctx context.Context, file io.Reader, bank ima.Hash
 		return values, trust, nil
 	}
 	return values, trust, readTPM(ctx, o.tpm, file, bank, values)
+}
+
+// parsePCR reads NUMBER=ALGORITHM:HEX.
+func parsePCR(text string) (int, ima.Digest, error) {
+	number, value, _ := strings.Cut(text, "=")
+	pcr, err := strconv.ParseUint(number, 10, 8)
+	if err != nil || pcr > imalog.MaxPCR {
+		return 0, ima.Digest{}, fmt.Errorf("want NUMBER=ALGORITHM:HEX, the number 0 to %d", imalog.MaxPCR)
+	}
+	d, err := ima.ParseDigest(value)
+	return int(pcr), d, err
 }
 
 // readTPM reads every register that the list extends.

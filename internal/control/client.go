@@ -56,11 +56,16 @@ func (c *Client) request(ctx context.Context, method, path string, content io.Re
 		return rsp.Body, nil
 	}
 	defer rsp.Body.Close()
+	return nil, refusal(rsp.Status, rsp.Body)
+}
+
+// refusal is the error that an answer tells; one that tells none, its status.
+func refusal(status string, body io.Reader) error {
 	var e Error
-	if err := json.NewDecoder(rsp.Body).Decode(&e); err != nil || e.Error == "" {
-		e.Error = rsp.Status
+	if err := readAnswer(body, &e); err != nil || e.Error == "" {
+		e.Error = status
 	}
-	return nil, errors.New(e.Error)
+	return errors.New(e.Error)
 }
 
 func (c *Client) decode(ctx context.Context, method, path string, content io.Reader, v any) error {
@@ -69,10 +74,21 @@ func (c *Client) decode(ctx context.Context, method, path string, content io.Rea
 		return err
 	}
 	defer body.Close()
-	if err := json.NewDecoder(body).Decode(v); err != nil {
-		return fmt.Errorf("read the agent's answer: %w", err)
+	return readAnswer(body, v)
+}
+
+// readAnswer reads an answer that is one JSON value and nothing else.
+func readAnswer(body io.Reader, v any) error {
+	d := json.NewDecoder(body)
+	err := d.Decode(v)
+	if err == nil {
+		if _, err = d.Token(); err == io.EOF {
+			return nil
+		} else if err == nil {
+			err = errors.New("there is more behind it")
+		}
 	}
-	return nil
+	return fmt.Errorf("read the agent's answer: %w", err)
 }
 
 // Status asks what the agent has counted.

@@ -1,20 +1,62 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
 	"go.uber.org/zap"
 
 	"imans.dev/imans-agent/internal/namespace"
+	"imans.dev/imans-agent/internal/oci"
 	"imans.dev/imans-agent/internal/policy"
 )
+
+// FuzzAnswers: whatever answers in the agent's place, an answer is read as one that is written again is, and a refusal says something.
+func FuzzAnswers(f *testing.F) {
+	for _, answer := range []any{
+		Status{Namespaces: 1, Lost: map[string]uint64{"lost_read": 7}}, []Namespace{{Inum: 7, ID: 8, Trust: Software, State: "idle"}},
+		PCRs{PCR: 10, Values: []string{"sha1:00"}}, Error{Error: "none"}, oci.Grant{},
+	} {
+		b, err := json.Marshal(answer)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Add([]byte(`{"inum":7} {"inum":8}`))
+	f.Fuzz(func(t *testing.T, answer []byte) {
+		if refusal("400 Bad Request", bytes.NewReader(answer)).Error() == "" {
+			t.Fatal("a refusal that says nothing")
+		}
+		for _, v := range []any{new(Status), new([]Namespace), new(Namespace), new(PCRs), new(oci.Grant)} {
+			if readAnswer(bytes.NewReader(answer), v) != nil {
+				continue
+			}
+			if !json.Valid(answer) {
+				t.Fatalf("%q is taken", answer)
+			}
+			b, err := json.Marshal(v)
+			if err != nil {
+				t.Fatal(err)
+			}
+			again := reflect.New(reflect.TypeOf(v).Elem()).Interface()
+			if err := readAnswer(bytes.NewReader(b), again); err != nil {
+				t.Fatal(err)
+			}
+			if b2, err := json.Marshal(again); err != nil || !bytes.Equal(b2, b) {
+				t.Fatalf("%s, read and written again %s, %v", b, b2, err)
+			}
+		}
+	})
+}
 
 // FuzzRequests: whatever the host's root asks an agent without namespaces, it is answered, or told what is wrong.
 func FuzzRequests(f *testing.F) {
