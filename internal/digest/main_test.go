@@ -1,0 +1,10 @@
+package digest
+
+import (
+	"os"
+	"testing"
+
+	"imans.dev/imans-agent/internal/need"
+)
+
+func TestMain(m *testing.M) { os.Exit(need.RunClean(m)) }
