@@ -48,6 +48,33 @@ static __always_inline struct inode *imans_overlay_real(struct inode *inode)
 	return dentry ? BPF_CORE_READ(dentry, d_inode) : NULL;
 }
 
+/*
+ * Which subvolume of btrfs an inode is of. In a snapshot of it another inode may have the same number, generation, count of changes, change
+ * time and size on the same device, and not the same bytes. The number of the last subvolume is given again by the next mount if that one was
+ * deleted; the transaction that made a snapshot is not. 0: this kernel's btrfs was not there when the programs were loaded, or is not known.
+ */
+static __noinline __u64 imans_btrfs_subvolume(struct inode *inode)
+{
+	struct btrfs_inode *of;
+	struct btrfs_root *root;
+	__u64 number, since;
+
+	if (!bpf_core_field_exists(struct btrfs_inode, root) || !bpf_core_field_exists(struct btrfs_root, root_key))
+		return 0;
+	of = (void *)inode - bpf_core_field_offset(struct btrfs_inode, vfs_inode);
+	root = BPF_CORE_READ(of, root);
+	number = BPF_CORE_READ(root, root_key.objectid);
+	since = BPF_CORE_READ(root, root_key.offset);
+	if ((number | since) >> 32)
+		return 0;
+	return number << 32 | since;
+}
+
+static __always_inline __u64 imans_subvolume(struct inode *inode, __u64 magic)
+{
+	return magic == BTRFS_SUPER_MAGIC ? imans_btrfs_subvolume(inode) : 0;
+}
+
 static __always_inline __u64 imans_read_ctime(struct inode *inode, bool typed)
 {
 	__s64 sec;
@@ -90,6 +117,7 @@ static __always_inline __u64 imans_read_change(struct inode *inode, bool typed, 
 static __always_inline __u32 imans_read_real_version(struct inode *inode, bool typed, struct imans_version *version)
 {
 	struct super_block *sb = IMANS_READ(typed, inode, i_sb);
+	__u64 magic = IMANS_READ(typed, sb, s_magic);
 	__u32 flags;
 	bool versioned;
 
@@ -99,6 +127,9 @@ static __always_inline __u32 imans_read_real_version(struct inode *inode, bool t
 	version->ctime = imans_read_ctime(inode, typed);
 	version->dev = IMANS_READ(typed, sb, s_dev);
 	version->generation = IMANS_READ(typed, inode, i_generation);
+	version->subvolume = imans_subvolume(inode, magic);
+	if (magic == BTRFS_SUPER_MAGIC && !version->subvolume)
+		flags |= IMANS_REAL_UNKNOWN;
 	if (IMANS_READ(typed, inode, i_writecount.counter) > 0)
 		flags |= IMANS_WRITERS;
 	return flags;
@@ -123,8 +154,8 @@ static __always_inline __u32 imans_read_version(struct inode *inode, struct iman
 
 static __always_inline bool imans_same_version(const struct imans_version *a, const struct imans_version *b)
 {
-	return a->ino == b->ino && a->change == b->change && a->ctime == b->ctime && a->dev == b->dev &&
-	       a->generation == b->generation;
+	return a->ino == b->ino && a->change == b->change && a->ctime == b->ctime && a->subvolume == b->subvolume &&
+	       a->dev == b->dev && a->generation == b->generation;
 }
 
 /* Adds to the version, which is there already, what only a record needs. */

@@ -40,22 +40,23 @@ enum imans_flag {
 	IMANS_OVERLAY = 1 << 6,      /* content is that of an overlayfs file's real inode */
 	IMANS_NAME_ONLY = 1 << 7,    /* no path could be built: the path field is the last component */
 	IMANS_FS_NAME_CUT = 1 << 8,  /* a file system name or subtype did not fit */
-	IMANS_REAL_UNKNOWN = 1 << 9, /* an overlayfs file whose real inode could not be found */
+	IMANS_REAL_UNKNOWN = 1 << 9, /* an overlayfs file whose real inode could not be found, or one of btrfs whose subvolume could not */
 	IMANS_SETUID_CAP = 1 << 10,  /* CAP_SETUID is effective: euid rules look at suid and uid too */
 	IMANS_SETGID_CAP = 1 << 11,
 	IMANS_IDS_IGNORED = 1 << 12, /* the key holds no ids, as no rule of the chain names one */
 };
 
-/* Which version of which real inode's bytes. 32 bytes. */
+/* Which version of which real inode's bytes. 40 bytes. */
 struct imans_version {
 	__u64 ino;
 	__u64 change; /* i_version without its QUERIED bit; the size where the file system keeps none */
 	__u64 ctime;  /* change time: seconds since 1970 << 30 | nanoseconds */
+	__u64 subvolume; /* of btrfs: its root's number << 32 | the transaction that made it a snapshot; 0 elsewhere */
 	__u32 dev;    /* the kernel's dev_t: major << 20 | minor */
 	__u32 generation;
 };
 
-/* Which content. 72 bytes. */
+/* Which content. 80 bytes. */
 struct imans_content {
 	struct imans_version version;
 	__u64 size;
@@ -90,7 +91,7 @@ struct imans_digest {
 	__u8 sum[IMANS_DIGEST_MAX];
 };
 
-/* Followed by path_len bytes of path, without a final zero. 360 bytes. */
+/* Followed by path_len bytes of path, without a final zero. 368 bytes. */
 struct imans_file {
 	struct imans_header header;
 	struct imans_subject subject;
@@ -172,7 +173,7 @@ struct imans_move {
 
 /*
  * measured_contents: a chain of policies has seen this content, and every list that wants it holds it. The version is part
- * of the key, so a newer version is simply another key. 48 bytes: each one counts, since the key is hashed at every exec.
+ * of the key, so a newer version is simply another key. 56 bytes: each one counts, since the key is hashed at every exec.
  */
 struct imans_measured_content {
 	__u64 policy; /* its generation names the namespace too: none is given twice */
@@ -188,13 +189,12 @@ struct imans_measured_content {
 struct imans_measured_slot {
 	__u64 sequence;
 	struct imans_measured_content content;
-	__u64 pad;
 };
 
 #define IMANS_SLOT_BITS 12
 #define IMANS_SLOT_FACTOR 0x9e3779b97f4a7c15ull /* 2^64 divided by the golden ratio */
 
-/* measured_by_subject: the same, for chains with a rule that names an id. 72 bytes. */
+/* measured_by_subject: the same, for chains with a rule that names an id. 80 bytes. */
 struct imans_measured_key {
 	struct imans_measured_content content;
 	__u32 uid, euid, suid;

@@ -41,7 +41,7 @@ enum bpf_map_type {
 #define OVERLAYFS_SUPER_MAGIC 0x794c7630
 #define EXT4_SUPER_MAGIC 0xef53
 #define XFS_SUPER_MAGIC 0x58465342
-#define BTRFS_SUPER_MAGIC 0x9123683e
+#define BTRFS_SUPER_MAGIC 0x9123683eul
 #define F2FS_SUPER_MAGIC 0xf2f52010
 #define SQUASHFS_MAGIC 0x73717368
 #define EROFS_SUPER_MAGIC_V1 0xe0f5e1e2
@@ -258,6 +258,21 @@ struct bpf_iter_meta {
 struct bpf_iter__task {
 	struct bpf_iter_meta *meta;
 	struct task_struct *task;
+} BPF_CORE;
+
+/* fs/btrfs/ctree.h, btrfs_inode.h: in the btrfs module's BTF where btrfs is a module. */
+struct btrfs_key {
+	__u64 objectid;
+	__u64 offset;
+} BPF_CORE;
+
+struct btrfs_root {
+	struct btrfs_key root_key;
+} BPF_CORE;
+
+struct btrfs_inode {
+	struct btrfs_root *root;
+	struct inode vfs_inode;
 } BPF_CORE;
 
 /* fs/overlayfs/ovl_entry.h: their types are in the overlay module's BTF where overlay is a module. */

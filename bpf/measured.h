@@ -53,7 +53,8 @@ struct {
  * finished before the look and began to replace after it counts. This is what a repeated exec costs, so each field is read as it is
  * compared, and no key is built.
  */
-static __always_inline bool imans_is_in_slot(struct inode *real, bool typed, __u32 dev, __u32 seen_dev, __u64 policy, __u32 func)
+static __always_inline bool imans_is_in_slot(struct inode *real, bool typed, __u64 magic, __u32 dev, __u32 seen_dev, __u64 policy,
+					     __u32 func)
 {
 	__u64 ino = IMANS_READ(typed, real, i_ino);
 	__u32 index = (ino + (policy << 24) + func) * IMANS_SLOT_FACTOR >> (64 - IMANS_SLOT_BITS);
@@ -70,6 +71,7 @@ static __always_inline bool imans_is_in_slot(struct inode *real, bool typed, __u
 	    slot->content.version.change != imans_read_change(real, typed, &versioned) ||
 	    slot->content.version.ctime != imans_read_ctime(real, typed) ||
 	    slot->content.version.generation != IMANS_READ(typed, real, i_generation) ||
+	    slot->content.version.subvolume != imans_subvolume(real, magic) ||
 	    IMANS_READ(typed, real, i_writecount.counter) > 0)
 		return false;
 	imans_read_barrier();
@@ -98,25 +100,29 @@ static __always_inline __u32 imans_func_without_ids(__u32 func, __u32 flags)
 static __always_inline bool imans_is_measured_in_slot(struct inode *inode, __u32 func, __u32 flags,
 						      const struct imans_namespace_policy *policy)
 {
-	struct super_block *sb = inode->i_sb;
+	struct super_block *sb = inode->i_sb, *real_sb;
+	__u64 magic = sb->s_magic;
 	struct inode *real;
 
 	if (!(policy->flags & IMANS_IGNORE_IDS))
 		return false;
 	func = imans_func_without_ids(func, flags);
-	if (sb->s_magic != OVERLAYFS_SUPER_MAGIC) {
+	if (magic != OVERLAYFS_SUPER_MAGIC) {
 		__u32 dev = sb->s_dev;
 
-		return imans_is_in_slot(inode, true, dev, dev, policy->generation, func);
+		return imans_is_in_slot(inode, true, magic, dev, dev, policy->generation, func);
 	}
 	real = imans_overlay_real(inode);
 	if (!real)
 		return false;
 	if (bpf_rdonly_cast) {
 		real = bpf_rdonly_cast(real, bpf_core_type_id_kernel(struct inode));
-		return imans_is_in_slot(real, true, real->i_sb->s_dev, sb->s_dev, policy->generation, func);
+		real_sb = real->i_sb;
+		return imans_is_in_slot(real, true, real_sb->s_magic, real_sb->s_dev, sb->s_dev, policy->generation, func);
 	}
-	return imans_is_in_slot(real, false, BPF_CORE_READ(real, i_sb, s_dev), sb->s_dev, policy->generation, func);
+	real_sb = BPF_CORE_READ(real, i_sb);
+	return imans_is_in_slot(real, false, BPF_CORE_READ(real_sb, s_magic), BPF_CORE_READ(real_sb, s_dev), sb->s_dev, policy->generation,
+				func);
 }
 
 /*

@@ -1,7 +1,7 @@
 // Package digest finds the digest of a file's content, and proves that it is of the very content that an event saw.
 //
 // Open finds the file that an event means: the same inode, in the namespace in which the event happened. Sum hashes it
-// once, in all the algorithms asked for, and compares device, inode, change time and size before and after. A Cache keeps
+// once, in all the algorithms asked for, and compares device, subvolume, inode, change time and size before and after. A Cache keeps
 // digests by content identity, so that a file which many namespaces use is read once.
 //
 // What can't be proven is an error, never a guess: ErrUnreachable (the file is gone or another stands in its place),
@@ -19,6 +19,7 @@ import (
 	"hash"
 	"os"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -44,7 +45,8 @@ func Settled(c event.Content, at time.Time) bool { return at.Sub(c.Ctime()) >= 2
 func Local(fsMagic uint64) bool {
 	switch fsMagic {
 	case 0x01021994, // tmpfs
-		0x858458f6: // ramfs
+		0x858458f6, // ramfs
+		0xca451a4e: // bcachefs
 		return true
 	}
 	return Versioned(fsMagic)
@@ -52,7 +54,8 @@ func Local(fsMagic uint64) bool {
 
 // Versioned reports whether an unchanged change time can mean unchanged content: the file system is Local, and moves the time by each
 // change. tmpfs and ramfs don't: a page that was read through a shared mapping is stored to without the kernel's notice (mm/memory.c,
-// do_shared_fault; they have no page_mkwrite and count no dirty pages).
+// do_shared_fault; they have no page_mkwrite and count no dirty pages). Nor does bcachefs: an inode of a snapshot may be as one of another in all
+// that the event tells; of btrfs it tells the subvolume.
 func Versioned(fsMagic uint64) bool {
 	switch fsMagic {
 	case 0xef53, // ext2, ext3, ext4
@@ -61,7 +64,6 @@ func Versioned(fsMagic uint64) bool {
 		0x73717368, // squashfs
 		0xe0f5e1e2, // erofs
 		0xf2f52010, // f2fs
-		0xca451a4e, // bcachefs
 		0x9660:     // iso9660
 		return true
 	}
@@ -72,7 +74,7 @@ func Versioned(fsMagic uint64) bool {
 // event saw, before and after, and with ctx's cause once that has ended. A file that is not Local may be in the hands of whoever would like to
 // hold up the caller, and the way to any file, too: what ctx does not end is a system call that does not come back.
 func Sum(ctx context.Context, f *os.File, ev *event.File, algos ...ima.HashAlgo) ([]ima.Digest, error) {
-	if err := Same(f, ev); err != nil {
+	if err := errors.Join(sameSubvolume(f, ev), Same(f, ev)); err != nil {
 		return nil, err
 	}
 	hashes := make([]hash.Hash, len(algos))
@@ -129,5 +131,27 @@ func Same(f *os.File, ev *event.File) error {
 	return nil
 }
 
-// anonymousDevices reports whether statx shows another device than the superblock's: each btrfs subvolume has its own.
-func anonymousDevices(fsMagic uint64) bool { return fsMagic == 0x9123683e }
+// anonymousDevices reports whether statx shows another device than the superblock's: each btrfs subvolume has its own. The event has the
+// subvolume's number; sameSubvolume compares that.
+func anonymousDevices(fsMagic uint64) bool { return fsMagic == unix.BTRFS_SUPER_MAGIC }
+
+// sameSubvolume checks that a file that is open for reading is of the subvolume of btrfs that the event saw. Below overlayfs that can't be
+// asked for, nor was it seen where btrfs was not there when the kernel side began.
+func sameSubvolume(f *os.File, ev *event.File) error {
+	if ev.Content.Subvolume == 0 || ev.Flags&event.Overlay != 0 {
+		return nil
+	}
+	const inoLookup = 0xd0009412 // BTRFS_IOC_INO_LOOKUP: _IOWR(0x94, 18, struct btrfs_ioctl_ino_lookup_args)
+	var args struct {
+		root, object uint64
+		name         [4080]byte
+	}
+	args.object = 256 // BTRFS_FIRST_FREE_OBJECTID: of the root alone; anybody may ask
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), inoLookup, uintptr(unsafe.Pointer(&args))); errno != 0 {
+		return fmt.Errorf("ask for the subvolume of %s: %w", f.Name(), errno)
+	}
+	if want := ev.Content.Subvolume >> 32; args.root != want {
+		return fmt.Errorf("%w: subvolume %d, want %d", ErrUnreachable, args.root, want)
+	}
+	return nil
+}

@@ -13,7 +13,7 @@ import (
 // Sizes in bytes of the fixed parts of bpf/event.h's structures.
 const (
 	HeaderSize = 32
-	FileSize   = 360
+	FileSize   = 368
 	BirthSize  = 80
 	DeathSize  = 32
 	MoveSize   = 56
@@ -133,24 +133,24 @@ func decodeSubject(b []byte) (Process, Subject) {
 func decodeFile(b []byte, h Header) *File {
 	f := &File{
 		Header:   h,
-		Nlink:    u32(b, 112),
-		RealFS:   FileSystem{Magic: u64(b, 120), UUID: [16]byte(b[128:144])},
-		Policy:   u64(b, 144),
-		SeenIno:  u64(b, 152),
-		SeenFS:   FileSystem{Magic: u64(b, 160), UUID: [16]byte(b[168:184]), Name: cString(b[296:328]), Subtype: cString(b[328:360])},
-		SeenDev:  u32(b, 184),
-		FOwner:   u32(b, 188),
-		FGroup:   u32(b, 192),
-		Func:     ima.Func(u32(b, 196)),
-		Flags:    Flags(u32(b, 200)),
-		VMAStart: u64(b, 208),
-		VMAEnd:   u64(b, 216),
+		Nlink:    u32(b, 120),
+		RealFS:   FileSystem{Magic: u64(b, 128), UUID: [16]byte(b[136:152])},
+		Policy:   u64(b, 152),
+		SeenIno:  u64(b, 160),
+		SeenFS:   FileSystem{Magic: u64(b, 168), UUID: [16]byte(b[176:192]), Name: cString(b[304:336]), Subtype: cString(b[336:368])},
+		SeenDev:  u32(b, 192),
+		FOwner:   u32(b, 196),
+		FGroup:   u32(b, 200),
+		Func:     ima.Func(u32(b, 204)),
+		Flags:    Flags(u32(b, 208)),
+		VMAStart: u64(b, 216),
+		VMAEnd:   u64(b, 224),
 	}
 	f.Process, f.Subject = decodeSubject(b)
 	ctime := u64(b, 88)
 	f.Content = Content{
-		Ino: u64(b, 72), Size: u64(b, 104), CtimeSec: int64(ctime) >> ctimeNsecBits, CtimeNsec: uint32(ctime & (1<<ctimeNsecBits - 1)),
-		Dev: u32(b, 96), Generation: u32(b, 100),
+		Ino: u64(b, 72), Size: u64(b, 112), CtimeSec: int64(ctime) >> ctimeNsecBits, CtimeNsec: uint32(ctime & (1<<ctimeNsecBits - 1)),
+		Subvolume: u64(b, 96), Dev: u32(b, 104), Generation: u32(b, 108),
 	}
 	if f.Flags&Versioned != 0 {
 		f.Content.Change = u64(b, 80)
@@ -163,10 +163,10 @@ func decodeFile(b []byte, h Header) *File {
 
 // finish checks and takes the fields that can be wrong; it returns what is, or "".
 func (f *File) finish(b []byte) string {
-	if fn := u32(b, 196); fn != uint32(ima.BPRMCheck) && fn != uint32(ima.MmapCheck) {
+	if fn := u32(b, 204); fn != uint32(ima.BPRMCheck) && fn != uint32(ima.MmapCheck) {
 		return fmt.Sprintf("function %d is not one that is hooked", fn)
 	}
-	n := u32(b, 204)
+	n := u32(b, 212)
 	if n > PathMax || FileSize+int(n) > len(b) {
 		return fmt.Sprintf("a path of %d bytes does not fit", n)
 	}
@@ -177,7 +177,7 @@ func (f *File) finish(b []byte) string {
 	if f.Flags&Unlinked != 0 {
 		f.Path = strings.TrimSuffix(f.Path, " (deleted)")
 	}
-	algo := int32(u32(b, 224))
+	algo := int32(u32(b, 232))
 	if algo < 0 {
 		f.Errno = -algo
 		return ""
@@ -186,7 +186,7 @@ func (f *File) finish(b []byte) string {
 	if algo > 255 || !a.Valid() || a.Size() == 0 {
 		return fmt.Sprintf("hash algorithm %d is unknown", algo)
 	}
-	d, err := ima.NewDigest(a, b[232:232+a.Size()])
+	d, err := ima.NewDigest(a, b[240:240+a.Size()])
 	if err != nil {
 		return err.Error()
 	}

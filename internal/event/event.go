@@ -52,6 +52,7 @@ type Content struct {
 	Dev        uint32 // kernel dev_t: major << 20 | minor
 	Generation uint32 // tells an inode number's reuse apart
 	Ino        uint64
+	Subvolume  uint64 // of btrfs: root number << 32 | transaction of the snapshot; 0 elsewhere, and where not known
 	Change     uint64 // i_version shifted right by one; 0 where the file system keeps none
 	Size       uint64 // bytes
 	CtimeSec   int64  // change time, seconds since 1970
@@ -87,7 +88,7 @@ const (
 	Overlay                       // Content is of an overlayfs file's real inode
 	NameOnly                      // Path is the last component only
 	FSNameCut                     // a file system name or subtype did not fit its field
-	RealUnknown                   // an overlayfs file whose real inode could not be found
+	RealUnknown                   // an overlayfs file whose real inode could not be found, or one of btrfs whose subvolume could not
 	SetUIDCap                     // CAP_SETUID is effective
 	SetGIDCap                     // CAP_SETGID is effective
 	IDsIgnored                    // no rule of the namespace's chain names an id
@@ -192,6 +193,7 @@ type MeasuredContent struct {
 	Ino        uint64
 	Change     uint64 // i_version shifted right by one; the size where the file system keeps none
 	Ctime      uint64 // seconds << 30 | nanoseconds
+	Subvolume  uint64 // as in Content
 	Dev        uint32
 	Generation uint32
 	SeenDev    uint32
@@ -217,8 +219,8 @@ func (f *File) MeasuredKey() MeasuredKey {
 	seen := f.Flags & (Reqprot | IDsIgnored)
 	c := MeasuredContent{
 		Policy: f.Policy, Ino: f.Content.Ino, Change: f.Content.Size,
-		Ctime: uint64(f.Content.CtimeSec)<<ctimeNsecBits | uint64(f.Content.CtimeNsec),
-		Dev:   f.Content.Dev, Generation: f.Content.Generation, SeenDev: f.SeenDev,
+		Ctime:     uint64(f.Content.CtimeSec)<<ctimeNsecBits | uint64(f.Content.CtimeNsec),
+		Subvolume: f.Content.Subvolume, Dev: f.Content.Dev, Generation: f.Content.Generation, SeenDev: f.SeenDev,
 	}
 	if f.Flags&Versioned != 0 {
 		c.Change = f.Content.Change

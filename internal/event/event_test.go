@@ -23,14 +23,15 @@ func fileRecord(path string, change func(b []byte)) []byte {
 	put64(72, 555)
 	put64(80, 21)
 	put64(88, 1700000000<<30|5)
-	put32(96, 8<<20|1)
-	put64(104, 4096)
-	put64(144, 3)
-	put32(196, uint32(ima.BPRMCheck))
-	put32(204, uint32(len(path)))
-	put32(224, uint32(ima.SHA256))
-	b[232] = 0xab
-	copy(b[296:], "ext4")
+	put64(96, 257<<32|7)
+	put32(104, 8<<20|1)
+	put64(112, 4096)
+	put64(152, 3)
+	put32(204, uint32(ima.BPRMCheck))
+	put32(212, uint32(len(path)))
+	put32(232, uint32(ima.SHA256))
+	b[240] = 0xab
+	copy(b[304:], "ext4")
 	copy(b[FileSize:], path)
 	if change != nil {
 		change(b)
@@ -53,18 +54,18 @@ func TestDecodeFile(t *testing.T) {
 	if f.SeenFS.Name != "ext4" || f.RealFS.Name != "ext4" {
 		t.Errorf("file system %+v", f.SeenFS)
 	}
-	if f.Content != (Content{Ino: 555, Size: 4096, CtimeSec: 1700000000, CtimeNsec: 5, Dev: 8<<20 | 1}) {
+	if f.Content != (Content{Ino: 555, Size: 4096, CtimeSec: 1700000000, CtimeNsec: 5, Subvolume: 257<<32 | 7, Dev: 8<<20 | 1}) {
 		t.Errorf("content %+v", f.Content)
 	}
 	c := f.MeasuredKey().Content
-	if c.Ino != 555 || c.Change != 4096 || c.Ctime != 1700000000<<30|5 || c.Func != uint32(ima.BPRMCheck) || c.Policy != 3 {
+	if c.Ino != 555 || c.Change != 4096 || c.Ctime != 1700000000<<30|5 || c.Subvolume != 257<<32|7 || c.Func != uint32(ima.BPRMCheck) || c.Policy != 3 {
 		t.Errorf("key %+v", c)
 	}
 }
 
 func TestDecodeFileFlags(t *testing.T) {
 	set := func(flags Flags) func([]byte) {
-		return func(b []byte) { binary.NativeEndian.PutUint32(b[200:], uint32(flags)) }
+		return func(b []byte) { binary.NativeEndian.PutUint32(b[208:], uint32(flags)) }
 	}
 	deleted := fileRecord("/tmp/x (deleted)", set(Unlinked))
 	if r, err := Decode(deleted); err != nil || r.(*File).Path != "/tmp/x" {
@@ -180,11 +181,11 @@ func TestDecodeRefuses(t *testing.T) {
 		"empty":             {nil, "shorter than a header"},
 		"unknown kind":      {fileRecord("/x", put32(0, 77)), "unknown kind"},
 		"cut":               {fileRecord("/x", nil)[:FileSize-1], "shorter than its kind"},
-		"path beyond":       {fileRecord("/x", put32(204, 513)), "does not fit"},
-		"path too long":     {fileRecord("/x", put32(204, 1<<31)), "does not fit"},
+		"path beyond":       {fileRecord("/x", put32(212, 513)), "does not fit"},
+		"path too long":     {fileRecord("/x", put32(212, 1<<31)), "does not fit"},
 		"zero in path":      {fileRecord("/x\x00y", nil), "zero byte"},
-		"unknown function":  {fileRecord("/x", put32(196, 9)), "not one that is hooked"},
-		"unknown algorithm": {fileRecord("/x", put32(224, 200)), "hash algorithm"},
+		"unknown function":  {fileRecord("/x", put32(204, 9)), "not one that is hooked"},
+		"unknown algorithm": {fileRecord("/x", put32(232, 200)), "hash algorithm"},
 	} {
 		_, err := Decode(c.record)
 		var bad *DecodeError

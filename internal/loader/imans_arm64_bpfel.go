@@ -64,7 +64,6 @@ type imansImansMeasuredSlot struct {
 	_        structs.HostLayout
 	Sequence uint64
 	Content  imansImansMeasuredContent
-	Pad      uint64
 }
 
 type imansImansMountNamespace struct {
@@ -87,6 +86,7 @@ type imansImansVersion struct {
 	Ino        uint64
 	Change     uint64
 	Ctime      uint64
+	Subvolume  uint64
 	Dev        uint32
 	Generation uint32
 }

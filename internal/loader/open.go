@@ -131,8 +131,9 @@ func loadPrograms(spec *ebpf.CollectionSpec, o Options) (*ebpf.Collection, error
 	return ebpf.NewCollectionWithOptions(spec, options)
 }
 
-// overlayTypes returns the overlay module's types, loading the module if need be: the programs are fitted to them at load.
-// Nil where overlayfs is built in or missing; an overlayfs file whose real inode is not found is then flagged as such.
+// overlayTypes returns the overlay module's types, loading the module if need be: the programs are fitted to them at load, as to those of all
+// modules that are loaded by then. Btrfs is not loaded for it: each run of a file of a btrfs that came later is an event until the programs are
+// loaded anew. Nil where overlayfs is built in or missing; an overlayfs file whose real inode is not found is then flagged as such.
 func overlayTypes(types *btf.Cache) *btf.Spec {
 	overlay, err := types.Module("overlay")
 	if err != nil {

@@ -21,8 +21,7 @@ const (
 // slot is struct imans_measured_slot. Ctime and the rest are written as words, each at once.
 type slot struct {
 	sequence uint64
-	words    [6]uint64 // struct imans_measured_content
-	pad      uint64
+	words    [7]uint64 // struct imans_measured_content
 }
 
 // slots are the marks that the kernel side finds without hashing, in memory shared with it. This process alone writes, and a
@@ -47,7 +46,7 @@ func slotOf(c event.MeasuredContent) uint64 {
 	return (c.Ino + c.Policy<<24 + uint64(c.Func)) * slotFactor >> (64 - slotBits)
 }
 
-func wordsOf(c event.MeasuredContent) [6]uint64 { return *(*[6]uint64)(unsafe.Pointer(&c)) }
+func wordsOf(c event.MeasuredContent) [7]uint64 { return *(*[7]uint64)(unsafe.Pointer(&c)) }
 
 // put makes c the content of its slot.
 func (s *slots) put(c event.MeasuredContent) {
@@ -61,7 +60,7 @@ func (s *slots) drop(c event.MeasuredContent) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if at := &s.table[slotOf(c)]; at.words == wordsOf(c) {
-		at.write([6]uint64{})
+		at.write([7]uint64{})
 	}
 }
 
@@ -70,12 +69,12 @@ func (s *slots) clear() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := range s.table {
-		s.table[i].write([6]uint64{})
+		s.table[i].write([7]uint64{})
 	}
 }
 
 // write needs each store to be seen no earlier than those before it, which Go's atomic ones are.
-func (at *slot) write(words [6]uint64) {
+func (at *slot) write(words [7]uint64) {
 	sequence := at.sequence | 1
 	atomic.StoreUint64(&at.sequence, sequence)
 	for i, w := range words {

@@ -18,6 +18,7 @@ type inodeKey struct {
 	dev        uint32
 	generation uint32
 	ino        uint64
+	subvolume  uint64
 }
 
 // inodesMax is how many are remembered, of all lists together: at about 200 bytes each.
@@ -30,7 +31,7 @@ func newInodes() *inodes {
 // same reports whether the list took this inode with this content last, and remembers it. It was looked at anew: this
 // saves an entry, never a look at the file.
 func (i *inodes) same(n *State, pcr int, ev *event.File, m measured) bool {
-	k := inodeKey{pcr: pcr, dev: ev.SeenDev, generation: ev.Content.Generation, ino: ev.SeenIno}
+	k := inodeKey{pcr: pcr, dev: ev.SeenDev, generation: ev.Content.Generation, ino: ev.SeenIno, subvolume: ev.Content.Subvolume}
 	list := i.taken[n.ns.ID]
 	before, ok := list[k]
 	if ok && before == m {
