@@ -113,6 +113,36 @@ static __always_inline __u64 imans_read_change(struct inode *inode, bool typed, 
 	return IMANS_READ(typed, inode, i_size);
 }
 
+/*
+ * Whether nobody can write to a file in memory: this seal is refused while there is a mapping that may be written to, and none can be made once
+ * it is there. F_SEAL_FUTURE_WRITE leaves those that there are.
+ */
+static __noinline bool imans_is_sealed(struct inode *inode, __u64 magic)
+{
+	struct shmem_inode_info *small;
+	struct hugetlbfs_inode_info *huge;
+	unsigned int seals = 0;
+
+	if (magic == TMPFS_MAGIC && bpf_core_field_exists(struct shmem_inode_info, seals)) {
+		small = (void *)inode - bpf_core_field_offset(struct shmem_inode_info, vfs_inode);
+		seals = BPF_CORE_READ(small, seals);
+	} else if (magic == HUGETLBFS_MAGIC && bpf_core_field_exists(struct hugetlbfs_inode_info, seals)) {
+		huge = (void *)inode - bpf_core_field_offset(struct hugetlbfs_inode_info, vfs_inode);
+		seals = BPF_CORE_READ(huge, seals);
+	}
+	return seals & F_SEAL_WRITE;
+}
+
+/*
+ * Whether someone may write to an inode by what is open. A file on a mount of the kernel's own, as memfd_create and shmget make them, comes with
+ * a descriptor or a mapping that i_writecount does not know of (fs/file_table.c, alloc_file_pseudo).
+ */
+static __always_inline bool imans_has_writers(struct inode *inode, bool typed, struct super_block *sb, __u64 magic)
+{
+	return IMANS_READ(typed, inode, i_writecount.counter) > 0 ||
+	       (IMANS_READ(typed, sb, s_flags) & SB_KERNMOUNT && !imans_is_sealed(inode, magic));
+}
+
 /* Returns the flags that go with the version. */
 static __always_inline __u32 imans_read_real_version(struct inode *inode, bool typed, struct imans_version *version)
 {
@@ -130,7 +160,7 @@ static __always_inline __u32 imans_read_real_version(struct inode *inode, bool t
 	version->subvolume = imans_subvolume(inode, magic);
 	if (magic == BTRFS_SUPER_MAGIC && !version->subvolume)
 		flags |= IMANS_REAL_UNKNOWN;
-	if (IMANS_READ(typed, inode, i_writecount.counter) > 0)
+	if (imans_has_writers(inode, typed, sb, magic))
 		flags |= IMANS_WRITERS;
 	return flags;
 }

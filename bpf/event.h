@@ -34,7 +34,7 @@ enum imans_flag {
 	IMANS_REQPROT = 1 << 0,      /* the caller itself asked for PROT_EXEC: MMAP_CHECK_REQPROT too */
 	IMANS_MPROTECT = 1 << 1,     /* from file_mprotect: no path, vma_start and vma_end instead */
 	IMANS_UNLINKED = 1 << 2,     /* the name is gone: the path ends in " (deleted)" */
-	IMANS_WRITERS = 1 << 3,      /* someone had it open for writing before or after hashing */
+	IMANS_WRITERS = 1 << 3,      /* someone had it open for writing before or after hashing, or may write to it in memory */
 	IMANS_CHANGED = 1 << 4,      /* the version moved while the kernel hashed */
 	IMANS_VERSIONED = 1 << 5,    /* the file system keeps i_version */
 	IMANS_OVERLAY = 1 << 6,      /* content is that of an overlayfs file's real inode */

@@ -38,6 +38,8 @@ enum bpf_map_type {
 #define BPF_RB_NO_WAKEUP 1
 #define BPF_RB_FORCE_WAKEUP 2
 /* include/uapi/linux/magic.h */
+#define TMPFS_MAGIC 0x01021994
+#define HUGETLBFS_MAGIC 0x958458f6ul
 #define OVERLAYFS_SUPER_MAGIC 0x794c7630
 #define EXT4_SUPER_MAGIC 0xef53
 #define XFS_SUPER_MAGIC 0x58465342
@@ -49,9 +51,12 @@ enum bpf_map_type {
 #define PROT_EXEC 4
 /* include/linux/mm.h, fs.h, stat.h */
 #define VM_EXEC 4
+#define SB_KERNMOUNT (1 << 22)
 #define SB_I_VERSION (1 << 23)
 #define S_IFMT 0170000
 #define S_IFREG 0100000
+/* include/uapi/linux/fcntl.h */
+#define F_SEAL_WRITE 8
 /* include/uapi/linux/capability.h */
 #define CAP_SETGID 6
 #define CAP_SETUID 7
@@ -258,6 +263,17 @@ struct bpf_iter_meta {
 struct bpf_iter__task {
 	struct bpf_iter_meta *meta;
 	struct task_struct *task;
+} BPF_CORE;
+
+/* include/linux/shmem_fs.h, hugetlb.h */
+struct shmem_inode_info {
+	unsigned int seals;
+	struct inode vfs_inode;
+} BPF_CORE;
+
+struct hugetlbfs_inode_info {
+	unsigned int seals;
+	struct inode vfs_inode;
 } BPF_CORE;
 
 /* fs/btrfs/ctree.h, btrfs_inode.h: in the btrfs module's BTF where btrfs is a module. */

@@ -82,7 +82,7 @@ const (
 	Reqprot     Flags = 1 << iota // the caller itself asked for PROT_EXEC
 	Mprotect                      // from file_mprotect: no path; VMAStart and VMAEnd say where
 	Unlinked                      // the name was gone when the hook ran
-	Writers                       // someone had the file open for writing
+	Writers                       // someone had the file open for writing, or may write to it in memory
 	Changed                       // the version moved while the kernel hashed
 	Versioned                     // the file system keeps i_version
 	Overlay                       // Content is of an overlayfs file's real inode
