@@ -4,7 +4,7 @@
  *
  * An overlayfs inode stands for one of an upper or lower layer; two overlays on one layer share the real inode, and it is
  * the real inode whose change counter and time move. The walk follows fs/overlayfs: ovl_inode embeds the inode seen here,
- * and names the upper dentry, else the lowest layer's. Plain inodes are read by direct dereference, which the verifier
+ * and names the upper dentry and those of lower layers. With metacopy all but one of them hold owner and mode alone. Plain inodes are read by direct dereference, which the verifier
  * turns into a fault-proof load. A real inode found by the walk is an untyped pointer: bpf_rdonly_cast gives it its type
  * (kernel commit a35b9af4ec2c, 6.2); before, its fields cost a probe read each.
  */
@@ -23,29 +23,53 @@ static __always_inline struct dentry *imans_overlay_upper(struct inode *inode)
 	return BPF_CORE_READ(overlay, __upperdentry);
 }
 
-/* The real inode behind an overlayfs inode, or NULL where this kernel's overlayfs looks like none that is known. */
-static __always_inline struct inode *imans_overlay_real(struct inode *inode)
+/* The inode with an overlayfs inode's data, whose upper layer's dentry is upper, or NULL. Source: ovl_inode_realdata of fs/overlayfs/util.c. */
+static __always_inline struct inode *imans_overlay_data(struct ovl_inode *overlay, struct dentry *upper)
 {
-	struct dentry *dentry = NULL;
+	struct dentry *dentry = upper;
+	struct ovl_entry *entry;
+	unsigned int layers = 0;
+	struct ovl_path *data;
 
-	if (bpf_core_field_exists(struct ovl_inode, oe)) {
-		struct ovl_inode *overlay = (void *)inode - bpf_core_field_offset(struct ovl_inode, vfs_inode);
-
-		dentry = imans_overlay_upper(inode);
-		if (!dentry) {
-			struct ovl_entry *entry = BPF_CORE_READ(overlay, oe);
-			struct ovl_path *lower = (void *)entry + bpf_core_field_offset(struct ovl_entry, __lowerstack);
-
-			dentry = BPF_CORE_READ(lower, dentry);
+	if (!upper || !(BPF_CORE_READ(overlay, flags) & 1ul << bpf_core_enum_value(enum ovl_inode_flag, OVL_UPPERDATA))) {
+		entry = BPF_CORE_READ(overlay, oe);
+		if (entry)
+			layers = BPF_CORE_READ(entry, __numlower);
+		if (layers) {
+			data = (void *)entry + bpf_core_field_offset(struct ovl_entry, __lowerstack) +
+			       (layers - 1) * bpf_core_type_size(struct ovl_path);
+			dentry = BPF_CORE_READ(data, dentry);
 		}
-	} else if (bpf_core_field_exists(struct ovl_inode___6_1, lowerpath)) {
-		struct ovl_inode___6_1 *overlay = (void *)inode - bpf_core_field_offset(struct ovl_inode___6_1, vfs_inode);
-
-		dentry = imans_overlay_upper(inode);
-		if (!dentry)
-			dentry = BPF_CORE_READ(overlay, lowerpath.dentry);
 	}
 	return dentry ? BPF_CORE_READ(dentry, d_inode) : NULL;
+}
+
+/* The same before 6.5. Where lowerdata is none, the data is in the same lower inode as the rest. */
+static __always_inline struct inode *imans_overlay_data_6_1(struct ovl_inode___6_1 *overlay, struct dentry *upper)
+{
+	struct dentry *dentry = upper, *lower;
+	struct inode *data;
+
+	if (!upper || !(BPF_CORE_READ(overlay, flags) & 1ul << bpf_core_enum_value(enum ovl_inode_flag, OVL_UPPERDATA))) {
+		data = BPF_CORE_READ(overlay, lowerdata);
+		if (data)
+			return data;
+		lower = BPF_CORE_READ(overlay, lowerpath.dentry);
+		if (lower)
+			dentry = lower;
+	}
+	return dentry ? BPF_CORE_READ(dentry, d_inode) : NULL;
+}
+
+/* The inode that has an overlayfs file's data, or NULL where this kernel's overlayfs looks like none that is known, or has not looked for it yet. */
+static __noinline struct inode *imans_overlay_real(struct inode *inode)
+{
+	if (bpf_core_field_exists(struct ovl_inode, oe))
+		return imans_overlay_data((void *)inode - bpf_core_field_offset(struct ovl_inode, vfs_inode), imans_overlay_upper(inode));
+	if (bpf_core_field_exists(struct ovl_inode___6_1, lowerpath))
+		return imans_overlay_data_6_1((void *)inode - bpf_core_field_offset(struct ovl_inode___6_1, vfs_inode),
+					      imans_overlay_upper(inode));
+	return NULL;
 }
 
 /*
@@ -70,9 +94,11 @@ static __noinline __u64 imans_btrfs_subvolume(struct inode *inode)
 	return number << 32 | since;
 }
 
-static __always_inline __u64 imans_subvolume(struct inode *inode, __u64 magic)
+static __always_inline __u64 imans_subvolume(struct inode *inode, bool typed)
 {
-	return magic == BTRFS_SUPER_MAGIC ? imans_btrfs_subvolume(inode) : 0;
+	struct super_block *sb = IMANS_READ(typed, inode, i_sb);
+
+	return IMANS_READ(typed, sb, s_magic) == BTRFS_SUPER_MAGIC ? imans_btrfs_subvolume(inode) : 0;
 }
 
 static __always_inline __u64 imans_read_ctime(struct inode *inode, bool typed)
@@ -157,7 +183,7 @@ static __always_inline __u32 imans_read_real_version(struct inode *inode, bool t
 	version->ctime = imans_read_ctime(inode, typed);
 	version->dev = IMANS_READ(typed, sb, s_dev);
 	version->generation = IMANS_READ(typed, inode, i_generation);
-	version->subvolume = imans_subvolume(inode, magic);
+	version->subvolume = imans_subvolume(inode, typed);
 	if (magic == BTRFS_SUPER_MAGIC && !version->subvolume)
 		flags |= IMANS_REAL_UNKNOWN;
 	if (imans_has_writers(inode, typed, sb, magic))

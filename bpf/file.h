@@ -35,8 +35,11 @@ struct imans_long_record {
 	char path[IMANS_PATH_MAX];
 };
 
-/* Looks whether this content needs an event, as cheaply as can be. True: look is filled. */
-static __always_inline bool imans_needs_event(struct file *file, __u32 func, __u32 flags, struct imans_look *look)
+/*
+ * Looks whether this content needs an event, as cheaply as can be. True: look is filled. A function of its own, as its stack is not to be there
+ * when the record is made: all that call one another have 512 bytes.
+ */
+static __noinline bool imans_needs_event(struct file *file, __u32 func, __u32 flags, struct imans_look *look)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct inode *inode = file->f_inode;

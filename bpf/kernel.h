@@ -297,16 +297,24 @@ struct ovl_path {
 } BPF_CORE;
 
 struct ovl_entry {
+	unsigned int __numlower;
 	struct ovl_path __lowerstack[0];
 } BPF_CORE;
 
+enum ovl_inode_flag {
+	OVL_UPPERDATA = 3,
+};
+
 struct ovl_inode {
+	unsigned long flags;
 	struct inode vfs_inode;
 	struct dentry *__upperdentry;
 	struct ovl_entry *oe;
 } BPF_CORE;
 
 struct ovl_inode___6_1 {
+	struct inode *lowerdata;
+	unsigned long flags;
 	struct inode vfs_inode;
 	struct dentry *__upperdentry;
 	struct ovl_path lowerpath;

@@ -53,8 +53,7 @@ struct {
  * finished before the look and began to replace after it counts. This is what a repeated exec costs, so each field is read as it is
  * compared, and no key is built.
  */
-static __always_inline bool imans_is_in_slot(struct inode *real, bool typed, __u64 magic, __u32 dev, __u32 seen_dev, __u64 policy,
-					     __u32 func)
+static __always_inline bool imans_is_in_slot(struct inode *real, bool typed, __u32 dev, __u32 seen_dev, __u64 policy, __u32 func)
 {
 	__u64 ino = IMANS_READ(typed, real, i_ino);
 	__u32 index = (ino + (policy << 24) + func) * IMANS_SLOT_FACTOR >> (64 - IMANS_SLOT_BITS);
@@ -71,8 +70,7 @@ static __always_inline bool imans_is_in_slot(struct inode *real, bool typed, __u
 	    slot->content.version.change != imans_read_change(real, typed, &versioned) ||
 	    slot->content.version.ctime != imans_read_ctime(real, typed) ||
 	    slot->content.version.generation != IMANS_READ(typed, real, i_generation) ||
-	    slot->content.version.subvolume != imans_subvolume(real, magic) ||
-	    IMANS_READ(typed, real, i_writecount.counter) > 0)
+	    IMANS_READ(typed, real, i_writecount.counter) > 0 || slot->content.version.subvolume != imans_subvolume(real, typed))
 		return false;
 	imans_read_barrier();
 	return slot->sequence == sequence;
@@ -96,40 +94,41 @@ static __always_inline __u32 imans_func_without_ids(__u32 func, __u32 flags)
 	return func | ((flags & IMANS_REQPROT) | IMANS_IDS_IGNORED) << 8;
 }
 
-/* The same look as imans_is_measured, where it is cheapest: most contents that were measured are found here. */
-static __always_inline bool imans_is_measured_in_slot(struct inode *inode, __u32 func, __u32 flags,
-						      const struct imans_namespace_policy *policy)
+/* The same for an overlayfs inode. */
+static __noinline bool imans_is_overlay_in_slot(struct inode *inode, __u32 seen_dev, __u64 policy, __u32 func)
 {
-	struct super_block *sb = inode->i_sb, *real_sb;
-	__u64 magic = sb->s_magic;
-	struct inode *real;
+	struct inode *real = imans_overlay_real(inode);
 
-	if (!(policy->flags & IMANS_IGNORE_IDS))
-		return false;
-	func = imans_func_without_ids(func, flags);
-	if (magic != OVERLAYFS_SUPER_MAGIC) {
-		__u32 dev = sb->s_dev;
-
-		return imans_is_in_slot(inode, true, magic, dev, dev, policy->generation, func);
-	}
-	real = imans_overlay_real(inode);
 	if (!real)
 		return false;
 	if (bpf_rdonly_cast) {
 		real = bpf_rdonly_cast(real, bpf_core_type_id_kernel(struct inode));
-		real_sb = real->i_sb;
-		return imans_is_in_slot(real, true, real_sb->s_magic, real_sb->s_dev, sb->s_dev, policy->generation, func);
+		return imans_is_in_slot(real, true, real->i_sb->s_dev, seen_dev, policy, func);
 	}
-	real_sb = BPF_CORE_READ(real, i_sb);
-	return imans_is_in_slot(real, false, BPF_CORE_READ(real_sb, s_magic), BPF_CORE_READ(real_sb, s_dev), sb->s_dev, policy->generation,
-				func);
+	return imans_is_in_slot(real, false, BPF_CORE_READ(real, i_sb, s_dev), seen_dev, policy, func);
+}
+
+/* The same look as imans_is_measured, where it is cheapest: most contents that were measured are found here. */
+static __always_inline bool imans_is_measured_in_slot(struct inode *inode, __u32 func, __u32 flags,
+						      const struct imans_namespace_policy *policy)
+{
+	struct super_block *sb = inode->i_sb;
+	__u32 dev = sb->s_dev;
+
+	if (!(policy->flags & IMANS_IGNORE_IDS))
+		return false;
+	func = imans_func_without_ids(func, flags);
+	if (sb->s_magic == OVERLAYFS_SUPER_MAGIC)
+		return imans_is_overlay_in_slot(inode, dev, policy->generation, func);
+	return imans_is_in_slot(inode, true, dev, dev, policy->generation, func);
 }
 
 /*
  * Whether the chain whose policy this is has measured the inode's content, or does not care for it. Nothing the rules can
- * see may be missing from the key, or one decision would be taken for another's. All but a look-up is plain loads.
+ * see may be missing from the key, or one decision would be taken for another's. All but a look-up is plain loads. A function of its own: the
+ * stacks of all that call one another have 512 bytes in all, and the key needs none once this is done.
  */
-static __always_inline bool imans_is_measured(struct task_struct *task, struct inode *inode, __u32 func, __u32 flags,
+static __noinline bool imans_is_measured(struct task_struct *task, struct inode *inode, __u32 func, __u32 flags,
 					      const struct imans_namespace_policy *policy)
 {
 	const struct cred *cred;

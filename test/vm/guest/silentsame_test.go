@@ -265,9 +265,10 @@ func TestNeverSilentMetacopy(t *testing.T) {
 	dir := tempDir(t, "/root")
 	sh(t, fmt.Sprintf("cd %s && mkdir lower middle upper work merged", dir))
 	merged := dir + "/merged/p"
-	first, second, third := tinyProgram("first!"), tinyProgram("second"), tinyProgram("third!")
+	var first, second, third []byte // of a length
 	runThrough := func(t *testing.T, options string, prepare func()) {
 		t.Helper()
+		first, second, third = tinyProgram("first!"+options), tinyProgram("second"+options), tinyProgram("third!"+options)
 		sh(t, fmt.Sprintf("cd %s && mount -t overlay -o metacopy=on,%s overlay merged", dir, options))
 		t.Cleanup(func() { exec.Command("umount", dir+"/merged").Run() })
 		if err := os.WriteFile(dir+"/lower/p", first, 0o755); err != nil {
