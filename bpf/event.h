@@ -118,16 +118,20 @@ struct imans_inode {
 	__u32 generation;
 };
 
-/* A held inode that someone has open for reading is about to be opened for writing: what was measured may be changed now. 88 bytes. */
+/*
+ * A held inode that someone has open for reading, or whose young content was sent in the last ticks of the clock, is about to be opened for writing: what
+ * was measured may be changed now. 88 bytes.
+ */
 struct imans_write {
 	struct imans_header header; /* the writer's namespace */
 	struct imans_subject subject;
 	struct imans_inode inode;
 };
 
-/* held_inodes: the inode's content was sent to be measured. 16 bytes. */
+/* held_inodes: the inode's content was sent to be measured. 24 bytes. */
 struct imans_hold {
 	__u64 boottime; /* of the last time, ns */
+	__u64 jiffies;  /* then, if the content was young; 0 */
 	__u32 told;     /* a writer was told of since then */
 	__u32 pad;
 };

@@ -3,8 +3,9 @@
  * writers.h - who opens for writing what was measured and is in use (time of measure, time of use).
  *
  * An inode is held from the moment on when its content is sent to be measured. Opening it for writing while someone has it open
- * for reading is a record, once for each content that was sent. No hook of the LSM is called for writers alone, and one for all opens
- * would cost each file that an exec opens some 200 instructions. So the place is where a mount is asked for write access,
+ * for reading is a record, once for each content that was sent. So is opening young content within a tick of the clock, in use or not: what is
+ * written then can leave the change time as it was, which the agent would not see where it is the one that hashes. No hook of the LSM is called
+ * for writers alone, and one for all opens would cost each file that an exec opens some 200 instructions. So the place is where a mount is asked for write access,
  * which do_dentry_open does before security_file_open; the file is what the task's path walk has come to.
  */
 #ifndef IMANS_WRITERS_H
@@ -19,10 +20,19 @@ struct {
 	__type(value, struct imans_hold);
 } held_inodes SEC(".maps");
 
-static __noinline int imans_hold_inode(__u64 ino, __u32 dev, __u32 generation)
+/*
+ * How many jiffies may pass while the clock that change times are taken from stands still: it follows a jiffy later at times (kernel/time,
+ * timekeeping_advance). No helper for that clock itself may be called here.
+ */
+#define IMANS_TICK 2
+
+/* The jiffies when young content was sent last for whose inode there was no room. */
+static __u64 imans_no_room;
+
+static __noinline int imans_hold_inode(__u64 ino, __u32 dev, __u32 generation, __u64 jiffies)
 {
 	struct imans_inode key = { .ino = ino, .dev = dev, .generation = generation };
-	struct imans_hold hold = { .boottime = bpf_ktime_get_boot_ns() };
+	struct imans_hold hold = { .boottime = bpf_ktime_get_boot_ns(), .jiffies = jiffies };
 	__u32 *all;
 	int err = bpf_map_update_elem(&held_inodes, &key, &hold, BPF_ANY);
 
@@ -30,6 +40,7 @@ static __noinline int imans_hold_inode(__u64 ino, __u32 dev, __u32 generation)
 		all = imans_setting(IMANS_HOLD_ALL);
 		if (all)
 			*all = 1;
+		imans_no_room = jiffies;
 	}
 	return 0;
 }
@@ -42,11 +53,14 @@ static __noinline int imans_hold_file(struct file *file, const struct imans_vers
 {
 	struct inode *inode = file->f_inode;
 	struct imans_version now = {};
+	__u64 jiffies = 0;
 	int flags;
 
-	imans_hold_inode(version->ino, version->dev, version->generation);
+	if (!imans_is_settled(version))
+		jiffies = bpf_jiffies64();
+	imans_hold_inode(version->ino, version->dev, version->generation, jiffies);
 	if (inode->i_sb->s_magic == OVERLAYFS_SUPER_MAGIC)
-		imans_hold_inode(inode->i_ino, inode->i_sb->s_dev, 0);
+		imans_hold_inode(inode->i_ino, inode->i_sb->s_dev, 0, jiffies);
 	flags = imans_read_version(inode, &now) & IMANS_WRITERS;
 	if (!imans_same_version(version, &now))
 		flags |= IMANS_CHANGED;
@@ -74,16 +88,18 @@ static __always_inline bool imans_has_readers(struct inode *inode)
 	return BPF_CORE_READ(real, i_readcount.counter) > 0 && BPF_CORE_READ(real, i_writecount.counter) <= 0;
 }
 
-/* Whether a writer of the inode is to be told of now. */
-static __always_inline bool imans_is_held(const struct imans_inode *key)
+/* Whether a writer of the inode is to be told of now. Where nobody uses it, young content was sent within a tick. */
+static __always_inline bool imans_is_held(const struct imans_inode *key, bool in_use)
 {
 	struct imans_hold *hold = bpf_map_lookup_elem(&held_inodes, key);
 	__u32 *all;
 
+	if (hold && !in_use)
+		return bpf_jiffies64() - hold->jiffies <= IMANS_TICK;
 	if (hold)
 		return !__sync_lock_test_and_set(&hold->told, 1);
 	all = imans_setting(IMANS_HOLD_ALL);
-	return all && *all;
+	return all && *all && (in_use || bpf_jiffies64() - imans_no_room <= IMANS_TICK);
 }
 
 /*
@@ -104,13 +120,14 @@ static __always_inline void imans_tell_writer(struct inode *inode)
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct super_block *sb = inode->i_sb;
 	struct imans_inode key = { .ino = inode->i_ino, .dev = sb->s_dev };
+	bool in_use = imans_has_readers(inode);
 	struct mnt_namespace *ns;
 	struct imans_write *record;
 	__u64 mntns;
 
 	if (sb->s_magic != OVERLAYFS_SUPER_MAGIC)
 		key.generation = inode->i_generation;
-	if (!imans_has_readers(inode) || !imans_is_held(&key))
+	if (!imans_is_held(&key, in_use))
 		return;
 	ns = task->nsproxy->mnt_ns;
 	mntns = imans_mntns_id(ns);

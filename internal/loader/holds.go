@@ -13,6 +13,7 @@ import (
 // hold is struct imans_hold.
 type hold struct {
 	Boottime  uint64
+	Jiffies   uint64
 	Told, Pad uint32
 }
 

@@ -23,6 +23,7 @@ type imansImansDigest struct {
 type imansImansHold struct {
 	_        structs.HostLayout
 	Boottime uint64
+	Jiffies  uint64
 	Told     uint32
 	Pad      uint32
 }

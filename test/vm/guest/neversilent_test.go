@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -113,6 +114,7 @@ func writerCases(a *agent) []writerCase {
 		}, 1, 0},
 		{"not in use any more", "it is not mapped any more", func(t *testing.T, path string) {
 			mapped(t, path)()
+			time.Sleep(50 * time.Millisecond) // else it could be within the same tick of the clock
 			write(t, path, os.O_APPEND, "changed")
 		}, 0, 0},
 		{"read only by others", "others open it for reading", func(t *testing.T, path string) {
