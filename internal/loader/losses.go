@@ -25,7 +25,7 @@ type rawLossKey struct {
 }
 
 // functions are those at which two programs stand, by the first of them: enum imans_function of bpf/standin.h. The kernel skips such a program
-// where another task is interrupted in it.
+// where another task is interrupted in it; the second, of the same name and "_again", then does what it would have done.
 var functions = map[string]uint32{
 	imansProgImansWriteAccess: 0, imansProgImansCopyMntNs: 1, imansProgImansSwitchTaskNamespaces: 2, imansProgImansProcFreeInum: 3,
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -111,10 +110,6 @@ func attachedPrograms() []string {
 		imansProgImansBprmCheckSecurity, imansProgImansMmapFile, imansProgImansFileMprotect,
 	}
 }
-
-// standsIn reports whether a program is the second of two at a function, which does what the first would have done where the kernel skipped
-// that (bpf/standin.h).
-func standsIn(program string) bool { return strings.HasSuffix(program, "_again") }
 
 // loadPrograms puts programs into the kernel.
 func loadPrograms(spec *ebpf.CollectionSpec, o Options) (*ebpf.Collection, error) {
