@@ -44,7 +44,8 @@ func TestNeverSilentFrozen(t *testing.T) {
 	c.check()
 }
 
-// What waits at a gate sleeps with the machine, and goes on afterwards: it runs when its TPM has it, and nothing is said of it.
+// What waits at a gate sleeps with the machine, and goes on afterwards: it runs when its TPM has it, and nothing is said of it. Linux 6.1 has no
+// sleep for what waits for an answer of fanotify's: there the machine stays awake, and the rest holds.
 func TestNeverSilentFrozenAtGate(t *testing.T) {
 	sample(t, "6.18")
 	if _, err := os.Stat("/sys/power/pm_test"); err != nil {
@@ -61,8 +62,8 @@ func TestNeverSilentFrozenAtGate(t *testing.T) {
 	g.waitsFor("it waits", func() bool { return heldUp(t, cmd.Process.Pid) })
 	times := readFile(t, successes)
 	out, err := exec.Command("sh", "-c", "echo freezer >/sys/power/pm_test && echo freeze >/sys/power/state").CombinedOutput()
-	if err != nil || readFile(t, successes) == times {
-		t.Errorf("the machine did not sleep: %v %s", err, out)
+	if slept := err == nil && readFile(t, successes) != times; slept == (os.Getenv("IMANS_VM_KERNEL") == "6.1") {
+		t.Errorf("the machine slept: %v, %v %s", slept, err, out)
 	}
 	early := exists(ran)
 	g.signalTPM(syscall.SIGCONT)
