@@ -3,12 +3,14 @@ package digest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"hash"
 	"io"
 	"math"
 	"os"
 	"runtime/debug"
 	"slices"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -35,7 +37,7 @@ func read(ctx context.Context, f *os.File, size uint64, mayMap bool, hashes []ha
 		writers[i] = h
 	}
 	w := untilDone{ctx, io.MultiWriter(writers...)}
-	if mayMap && size >= mapFrom {
+	if mayMap && size >= mapFrom && populates() {
 		if readMapped(f, size, w) == nil {
 			return size, nil
 		}
@@ -49,6 +51,18 @@ func read(ctx context.Context, f *os.File, size uint64, mayMap bool, hashes []ha
 	n, err := io.CopyBuffer(w, io.NewSectionReader(f, 0, math.MaxInt64), make([]byte, max(min(size+1, readSize), 512)))
 	return uint64(n), err
 }
+
+// populates reports whether MADV_POPULATE_READ gives up on a page that can't be read. Before Linux 6.9 it tries for ever (mm/madvise.c,
+// madvise_populate).
+var populates = sync.OnceValue(func() bool {
+	var u unix.Utsname
+	var major, minor int
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	return n == 2 && (major > 6 || major == 6 && minor >= 9)
+})
 
 // untilDone is a writer that refuses once its context has ended, with the cause.
 type untilDone struct {
