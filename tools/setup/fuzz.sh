@@ -11,31 +11,34 @@ work=$(mktemp -d) memory=/dev/shm
 [ -w "$memory" ] || memory=$work
 trap 'rm -rf "$work"' EXIT
 cache=$(go env GOCACHE)/fuzz
-mapfile -t folders < <(git ls-files --cached --others --exclude-standard '*_test.go' | xargs grep -l '^func Fuzz' | xargs -n 1 dirname | sort -u)
+
+declare -A found=() # targets by folder
+while IFS=: read -r file target; do
+	if [[ $target =~ $targets ]]; then found[${file%/*}]+="$target "; fi
+done < <(git ls-files --cached --others --exclude-standard '*_test.go' | xargs grep -Eo '^func Fuzz\w+' | sed 's/:func /:/')
+[ ${#found[@]} -gt 0 ] || { echo "fuzz.sh: no target matches $targets" >&2 && exit 2; }
+mapfile -t folders < <(printf '%s\n' "${!found[@]}" | sort)
+
+run=()
 if [ "$own" = own ]; then
 	go test -c -gcflags="$(go list -m)/...=-d=libfuzzer" -o "$work/" "${folders[@]/#/./}"
 	run=(timeout 5m)
-else
-	run=()
 fi
-count=0 failed=()
+failed=()
 for folder in "${folders[@]}"; do
 	package=$(go list "./$folder") program=$work/${folder##*/}.test
 	[ "$own" = own ] || go test -c -fuzz=. -o "$program" "./$folder"
-	while read -r target; do
-		[[ $target =~ ^Fuzz && $target =~ $targets ]] || continue
-		count=$((count + 1))
+	for target in ${found[$folder]}; do
 		if ! (cd "$folder" && TMPDIR=$memory "${run[@]}" "$program" -test.run '^$' -test.fuzz "^$target\$" -test.fuzztime "$time" \
 			-test.fuzzminimizetime 100x -test.fuzzcachedir "$cache/$package") >"$work/said" 2>&1 </dev/null; then
 			failed+=("$folder $target")
 			tail -n 60 "$work/said"
 		fi
 		echo "$folder $target: $(grep '^fuzz: elapsed' "$work/said" | tail -n 1 | cut -d ' ' -f 3-)"
-	done < <("$program" -test.list '^Fuzz')
+	done
 	rm "$program"
 done
 if [ ${#failed[@]} -gt 0 ]; then
 	printf 'failed: %s\n' "${failed[@]}" >&2
 	exit 1
 fi
-[ "$count" -gt 0 ] || { echo "fuzz.sh: no target matches $targets" >&2 && exit 2; }
