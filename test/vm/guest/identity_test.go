@@ -1,5 +1,7 @@
 //go:build vm
 
+// What a file is known by, and when it may be another. The name sorts before oracle_test.go: these tests need the kernel's digests of all files.
+
 package guest
 
 import (
