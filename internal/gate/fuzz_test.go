@@ -58,6 +58,7 @@ func FuzzHeard(f *testing.F) {
 	add, remove := message([]byte{sayAdd}, name), message([]byte{sayRemove}, name)
 	f.Add(append(bytes.Clone(add), remove...))
 	f.Add(append(bytes.Clone(add), add...))
+	f.Add(append(message([]byte{sayAddClosed}, name), append(message([]byte{sayLeave}, nil), remove...)...))
 	f.Add(append(message([]byte{sayAnswered}, binary.LittleEndian.AppendUint32(nil, 3)), message([]byte{sayLeave}, nil)...))
 	f.Add(append(message([]byte{sayAlive}), remove...))
 	f.Fuzz(func(t *testing.T, messages []byte) {
@@ -77,7 +78,7 @@ func FuzzHeard(f *testing.F) {
 			}
 			var oob []byte
 			given := -1
-			if message[0] == sayAdd { // the kernel puts a descriptor in, not whoever writes the message
+			if message[0] == sayAdd || message[0] == sayAddClosed { // the kernel puts a descriptor in, not whoever writes the message
 				if given, err = unix.FcntlInt(uintptr(null), unix.F_DUPFD_CLOEXEC, 0); err != nil {
 					t.Fatal(err)
 				}
