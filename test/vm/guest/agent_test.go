@@ -118,7 +118,8 @@ func (a *agent) start() {
 	a.launch()
 	deadline := time.Now().Add(2 * time.Minute)
 	for {
-		if _, err := a.client().Status(a.t.Context()); err == nil {
+		_, err := a.client().Status(a.t.Context())
+		if err == nil {
 			return
 		}
 		select {
@@ -127,7 +128,8 @@ func (a *agent) start() {
 		case <-time.After(20 * time.Millisecond):
 		}
 		if time.Now().After(deadline) {
-			a.t.Fatalf("the agent does not answer: %s", a.log)
+			a.signal(syscall.SIGQUIT) // and says what it does
+			a.t.Fatalf("the agent does not answer, %v: %s", err, a.log)
 		}
 	}
 }
