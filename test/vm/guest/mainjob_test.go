@@ -230,7 +230,7 @@ func TestMainJobOddContent(t *testing.T) {
 			dir := tempDir(t, "/root")
 			makeProgram(t, dir+"/deleted")
 			sh(t, fmt.Sprintf(`exec 9<%s/deleted; rm %s/deleted; /proc/self/fd/9`, dir, dir))
-			memfdDigest := runMemfd(t)
+			memfdDigest := runMemfd(t, false)
 			mapped := dir + "/mapped"
 			makeProgram(t, mapped)
 			mapExecutableLater(t, mapped)

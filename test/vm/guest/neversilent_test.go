@@ -91,6 +91,7 @@ func writerCases(a *agent) []writerCase {
 		}, 1, 1},
 		{"by another link", "it is opened by another link", func(t *testing.T, path string) {
 			defer mapped(t, path)()
+			a.caughtUp() // a link is a change, too
 			if err := os.Link(path, path+".link"); err != nil {
 				t.Error(err)
 			}

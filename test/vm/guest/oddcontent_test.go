@@ -11,10 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// runMemfd runs a program that is in no file system, and returns its digest.
-func runMemfd(t *testing.T) string {
+// runMemfd runs a program that is in no file system, and returns its digest. It ends at once, or lives for two seconds: with the kernel's own IMA
+// beside it the agent has to hash it, and can while it runs.
+func runMemfd(t *testing.T, lives bool) string {
 	t.Helper()
 	content := tinyProgram("in memory only")
+	if lives {
+		busybox, err := os.ReadFile("/bin/busybox")
+		if err != nil {
+			t.Fatal(err)
+		}
+		content = append(busybox, "in memory only"...)
+	}
 	fd, err := unix.MemfdCreate("odd", 0)
 	if err != nil {
 		t.Fatal(err)
@@ -33,6 +41,9 @@ func runMemfd(t *testing.T) string {
 	defer ro.Close()
 	cmd := exec.Command("/proc/self/fd/3")
 	cmd.ExtraFiles = []*os.File{ro}
+	if lives {
+		cmd.Args = []string{"sleep", "2"}
+	}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("run a memfd: %v %s", err, out)
 	}

@@ -29,7 +29,7 @@ func runOddCode(t *testing.T, dir string) []oddRun {
 	}
 	did := func(name string, sums ...string) { runs = append(runs, oddRun{name, sums}) }
 
-	did("a program in memory", runMemfd(t))
+	did("a program in memory", runMemfd(t, true))
 	deleted, sum := file("deleted")
 	sh(t, fmt.Sprintf("exec 9<%[1]s; rm %[1]s; /proc/self/fd/9", deleted))
 	did("a deleted program", sum)
