@@ -35,7 +35,7 @@ const (
 | overwrite | 2, 2 | 2, 2 | 2, 2 | 2, 2 |
 | write anew | 2, 2 | 2, 2 | 2, 2 | 2, 2 |
 | truncate | 2, 2 | 2, 2 | 2, 2 | 2, 2 |
-| store through a mapping | 2, 2 | 2, 2 | 2, 2 | 2, 2 |
+| store through a mapping | 2, 2 | 1, 2 | 2, 2 | 2, 2 |
 | write by O_DIRECT | 2, 2 | 2, 2 | 2, 2 | 2, 2 |
 | rename over | 2, 2 | 2, 2 | 2, 2 | 2, 2 |
 | unlink | 2, 2 | 2, 2 | 2, 2 | 2, 2 |
