@@ -52,7 +52,7 @@ lint: ## check format, vet, staticcheck, the import layers and the shell scripts
 .PHONY: test
 test: lint test-unit generated ## run every check: lint, unit tests, generated files, fuzzing, all kernels
 	@$(MAKE) fuzz FUZZTIME=2000x OWN=1
-	@$(MAKE) test-vm SHORT=1 AGAIN=1 LIMIT=35m
+	@$(MAKE) test-vm SHORT=1 AGAIN=1 LIMIT=45m
 
 .PHONY: test-unit
 test-unit: ## run the unit tests with the race detector (RUN=regexp PKG=./… RACE=0 where there is no gcc)
