@@ -376,7 +376,7 @@ func TestNeverSilentGateAnnotated(t *testing.T) {
 	}
 	for _, wrong := range []string{"ajar", ""} {
 		_, root, start := annotated("wrong", map[string]string{"imans.dev/gate": wrong})
-		if status, out := exits(t, "/bin/sh", "-c", start); status == 0 || !strings.Contains(out, `want "off", "exec" or "all"`) || exists(root+"/tmp/ready") {
+		if status, out := exits(t, "/bin/sh", "-c", start); status == 0 || !strings.Contains(out, `want "off", "exec", "all", "exec-closed" or "all-closed"`) || exists(root+"/tmp/ready") {
 			t.Errorf("annotation %q: status %d, ran: %v, %s", wrong, status, exists(root+"/tmp/ready"), out)
 		}
 	}

@@ -336,7 +336,7 @@ exec /usr/bin/swtpm "$@" --log "level=2,file=%s/$(readlink /proc/self/fd/4 | tr 
 			if err := os.Chmod(wrapper, 0o755); err != nil {
 				t.Fatal(err)
 			}
-			a.args = append(a.args, "--swtpm", wrapper)
+			a.args = append(a.args, "--swtpm", wrapper, "--swtpm-user", "root")
 			a.start()
 			useWrapper(t, a)
 			box := startBundle(t, "runc", tenantRoot(t), "counts", func(spec map[string]any) {

@@ -201,7 +201,7 @@ func TestWindowComingToBeBeforeTheTPM(t *testing.T) {
 	if err := os.Chmod(slow, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	a.args = append(a.args, "--swtpm", slow)
+	a.args = append(a.args, "--swtpm", slow, "--swtpm-user", "root") // who else can't reach it in the agent's folder
 	a.start()
 	one, two := startMapped(t, a.windowDir()), startMapped(t, a.windowDir())
 	began := time.Now()
