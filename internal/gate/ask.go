@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/ima"
+	"imans.dev/imans-agent/internal/proc"
 )
 
 // takes is told of a question by the guard. Each is answered by a goroutine of its own, so that none waits for another.
@@ -81,50 +82,26 @@ func (g *gate) respond(number int32, allow bool) {
 	g.gates.guard.answered(number)
 }
 
-const (
-	// behindMax is how many looks at files may hang for one gate, a thread each. With more, nothing is looked at.
-	behindMax = 16
-	// grace is how long an answer may take that knows of its deadline.
-	grace = 500 * time.Millisecond
-)
+// grace is how long an answer may take that knows of its deadline.
+const grace = 500 * time.Millisecond
 
 // verdict returns whether the open may go on. The file, or the way to it, may be of a file system that somebody lets hang: a look that does is
 // left behind. In the end the file is not open for reading here any more, but for such a look: that would make it one in use.
 func (q *question) verdict() bool {
-	g, c, patience := q.gate, q.gate.gates.config, q.gate.patience()
-	g.mu.Lock()
-	hangs := g.behind >= behindMax
-	g.mu.Unlock()
-	if hangs {
-		q.file.Close()
-		c.Log.Warn("not measured before its use: too many looks at files hang", zap.Stringer("ns", g.owner), zap.Bool("denied", g.closed))
-		return !g.closed
-	}
-	ctx, cancel := context.WithTimeout(g.ctx, patience)
-	done := make(chan bool, 1)
-	go func() {
+	g, patience := q.gate, q.gate.patience()
+	allow, err := proc.Within(&g.behind, patience+grace, func() bool {
+		ctx, cancel := context.WithTimeout(g.ctx, patience)
 		defer cancel()
-		allow := q.decide(ctx)
-		q.file.Close()
-		done <- allow
-	}()
-	timeout := time.NewTimer(patience + grace)
-	defer timeout.Stop()
-	select {
-	case allow := <-done:
+		defer q.file.Close()
+		return q.decide(ctx)
+	})
+	if err == nil {
 		return allow
-	case <-timeout.C:
 	}
-	g.mu.Lock()
-	g.behind++
-	g.mu.Unlock()
-	go func() {
-		<-done
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		g.behind--
-	}()
-	c.Log.Warn("not measured before its use: looking at the file hangs", zap.Stringer("ns", g.owner), zap.Uint32("task", q.task), zap.Bool("denied", g.closed))
+	if errors.Is(err, proc.ErrManyHang) {
+		q.file.Close()
+	}
+	g.gates.config.Log.Warn("not measured before its use", zap.Stringer("ns", g.owner), zap.Uint32("task", q.task), zap.Bool("denied", g.closed), zap.Error(err))
 	return !g.closed
 }
 

@@ -138,14 +138,14 @@ type gate struct {
 	ctx    context.Context // ends with the gate
 	end    context.CancelFunc
 
-	mu       sync.Mutex
-	dynamic  map[uint32]bool   // tasks that were asked about a program which names an ELF interpreter: the same exec opens that next
-	marked   map[uint32]string // of a device, as dev of event.Content, its file system's type
-	oldest   map[int32]time.Time
-	timeout  bool // the last answer came too late
-	behind   int  // looks at files that hang
-	settling int
-	flushes  atomic.Uint64
+	mu      sync.Mutex
+	dynamic map[uint32]bool   // tasks that were asked about a program which names an ELF interpreter: the same exec opens that next
+	marked  map[uint32]string // of a device, as dev of event.Content, its file system's type
+	oldest  map[int32]time.Time
+	timeout bool // the last answer came too late
+
+	behind, settling proc.Behind // questions, and files that need none any more
+	flushes          atomic.Uint64
 }
 
 // Open begins to hold up, or changes what is held up, and watches file systems that are new. Errors name the kernel's lack of fanotify, or that

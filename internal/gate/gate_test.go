@@ -316,7 +316,7 @@ func TestLookHangs(t *testing.T) {
 		return nil
 	}})
 	t.Cleanup(func() { close(hang) })
-	for i := range behindMax {
+	for i := range proc.BehindMax {
 		_, ran := m.start(fmt.Sprint("hangs", i))
 		m.eventually("it runs", func() bool { return exists(ran) })
 		if i == 0 {
@@ -327,10 +327,10 @@ func TestLookHangs(t *testing.T) {
 	before := m.asked.Load()
 	_, ran := m.start("more")
 	m.eventually("it runs", func() bool { return exists(ran) })
-	if n := m.asked.Load(); n != before || before != behindMax+1 {
+	if n := m.asked.Load(); n != before || before != proc.BehindMax+1 {
 		t.Errorf("%d questions, then %d", before, n)
 	}
-	for range behindMax {
+	for range proc.BehindMax {
 		hang <- struct{}{}
 	}
 	m.eventually("it is asked again", func() bool {

@@ -1,6 +1,7 @@
 package gate
 
 import (
+	"errors"
 	"os"
 	"time"
 
@@ -8,6 +9,7 @@ import (
 
 	"imans.dev/imans-agent/internal/digest"
 	"imans.dev/imans-agent/internal/event"
+	"imans.dev/imans-agent/internal/proc"
 )
 
 // keptFile is a file that was let through and is kept open until its hook has told of it: whether its content needs no question any more
@@ -86,37 +88,18 @@ func (g *Gates) Settled(f *event.File) {
 	}
 }
 
-const (
-	// settleMax is how many files may be settled at once, a thread each. Those that come then are asked about again.
-	settleMax = 16
-	// settlePatience is how long one is waited for: a file of a layer that somebody lets hang may take for ever.
-	settlePatience = 100 * time.Millisecond
-)
+// settlePatience is how long a file that is settled is waited for: one of a layer that somebody lets hang may take for ever.
+const settlePatience = 100 * time.Millisecond
 
-// settle settles a file, and mostly waits for that.
+// settle settles a file, and mostly waits for that. Where too many hang it is asked about again.
 func (g *gate) settle(k keptFile) {
-	g.mu.Lock()
-	if g.settling >= settleMax {
-		g.mu.Unlock()
-		k.file.Close()
-		return
-	}
-	g.settling++
-	g.mu.Unlock()
-	done := make(chan struct{})
 	flushes := g.flushes.Load()
-	go func() {
-		defer close(done)
+	_, err := proc.Within(&g.settling, settlePatience, func() struct{} {
 		k.settle(flushes)
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		g.settling--
-	}()
-	timeout := time.NewTimer(settlePatience)
-	defer timeout.Stop()
-	select {
-	case <-done:
-	case <-timeout.C:
+		return struct{}{}
+	})
+	if errors.Is(err, proc.ErrManyHang) {
+		k.file.Close()
 	}
 }
 

@@ -2,10 +2,12 @@ package namespace
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
-	"sync"
 	"time"
+
+	"imans.dev/imans-agent/internal/proc"
 )
 
 // allowance is how long looks at the files of a container may hold up the goroutine that handles records, and with it all lists. A container may
@@ -17,8 +19,7 @@ type allowance struct {
 	left time.Duration // at that time
 	at   time.Time     // zero: nothing was spent yet
 
-	mu     sync.Mutex
-	behind int // looks that were left behind
+	behind proc.Behind
 }
 
 const (
@@ -26,8 +27,6 @@ const (
 	allowanceMax = time.Minute
 	// lookGrace is how long a look may take to notice that it was given up.
 	lookGrace = 100 * time.Millisecond
-	// behindMax is how many looks may be left behind. With more, nothing is looked at.
-	behindMax = 16
 )
 
 // allowance returns that of the container: of the native namespace's child that the namespace is, or is below; or the native one's.
@@ -59,37 +58,20 @@ func lookWithin[T any](a *allowance, look func(ctx context.Context) (T, error)) 
 		found T
 		err   error
 	}
-	a.mu.Lock()
-	hangs := a.behind >= behindMax
-	a.mu.Unlock()
-	if hangs {
-		return found, fmt.Errorf("%w: others hang", os.ErrDeadlineExceeded)
-	}
 	began := time.Now()
 	limit := a.limit(began)
-	ctx, cancel := context.WithTimeoutCause(context.Background(), limit, os.ErrDeadlineExceeded)
-	done := make(chan answer, 1)
-	go func() {
+	got, err := proc.Within(&a.behind, limit+lookGrace, func() answer {
+		ctx, cancel := context.WithTimeoutCause(context.Background(), limit, os.ErrDeadlineExceeded)
 		defer cancel()
 		found, err := look(ctx)
-		done <- answer{found, err}
-	}()
-	timeout := time.NewTimer(limit + lookGrace)
-	defer timeout.Stop()
-	defer func() { a.spend(time.Since(began)) }()
-	select {
-	case got := <-done:
-		return got.found, got.err
-	case <-timeout.C:
+		return answer{found, err}
+	})
+	a.spend(time.Since(began))
+	switch {
+	case errors.Is(err, proc.ErrManyHang):
+		return found, fmt.Errorf("%w: others hang", os.ErrDeadlineExceeded)
+	case err != nil:
+		return found, fmt.Errorf("%w: a file system does not answer", os.ErrDeadlineExceeded)
 	}
-	a.mu.Lock()
-	a.behind++
-	a.mu.Unlock()
-	go func() {
-		<-done
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		a.behind--
-	}()
-	return found, fmt.Errorf("%w: a file system does not answer", os.ErrDeadlineExceeded)
+	return got.found, got.err
 }

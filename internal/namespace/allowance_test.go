@@ -6,6 +6,8 @@ import (
 	"os"
 	"testing"
 	"time"
+
+	"imans.dev/imans-agent/internal/proc"
 )
 
 func TestAllowance(t *testing.T) {
@@ -52,12 +54,12 @@ func TestLookWithin(t *testing.T) {
 		<-ctx.Done()
 		return 0, context.Cause(ctx)
 	})
-	if !errors.Is(err, os.ErrDeadlineExceeded) || a.behind != 0 {
-		t.Errorf("a long one: %v, %d left behind", err, a.behind)
+	if !errors.Is(err, os.ErrDeadlineExceeded) || a.behind.Count() != 0 {
+		t.Errorf("a long one: %v, %d left behind", err, a.behind.Count())
 	}
 	hang := make(chan struct{})
 	hangs := func(context.Context) (int, error) { <-hang; return 0, nil }
-	for range behindMax {
+	for range proc.BehindMax {
 		if _, err := lookWithin(&a, hangs); !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Fatalf("one that hangs: %v", err)
 		}

@@ -1,4 +1,4 @@
-// Package proc asks about other processes without being held up by them.
+// Package proc asks about other processes, and files of theirs, without being held up by them.
 //
 // Looking at the namespaces and descriptors of a process in /proc waits while the process goes over to another program
 // (exec_update_lock; since 6.18.y for links in /proc/PID/ns, fs/proc/namespaces.c). In doing so the process closes its
