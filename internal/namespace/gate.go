@@ -315,17 +315,10 @@ func (t *Tree) Ask(ctx context.Context, q Question) (Waiting, error) {
 // Missed records in a gate's list that a file is used though it could not be waited for until it was measured.
 func (t *Tree) Missed(ctx context.Context, ns event.MountNS, name string) error {
 	s, ok := t.known(ns)
-	if !ok || s.ended || s.list == nil {
+	if !ok || s.list == nil {
 		return nil
 	}
-	err := s.appendViolation(name, event.LossNotGated)
-	if err == nil {
-		err = s.list.Barrier(ctx)
-	}
-	if err != nil {
-		return s.giveUp(ctx, err)
-	}
-	return nil
+	return s.recordOwnLoss(ctx, name, event.LossNotGated)
 }
 
 // sumOfQuestion hashes the file that is asked about.
