@@ -43,13 +43,15 @@ const (
 	exitLacks = 3
 )
 
+// The first thread is the main goroutine's alone. What becomes another program does so there: the other threads do not have the signal of the
+// parent's death. And a goroutine that has its thread be in a namespace, or a user, for good does not come to have this one, which Go does not end
+// with it: what the kernel shows of a process is what its first thread is.
+func init() { runtime.LockOSThread() }
+
 func main() {
-	// What becomes another program does so on the first thread: the others do not have the signal of the parent's death.
-	runtime.LockOSThread()
 	args := commandLine(os.Args)
 	ctx := context.Background()
 	if !isRuntime(args) {
-		runtime.UnlockOSThread()
 		var stop context.CancelFunc
 		ctx, stop = signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 		defer stop()

@@ -162,6 +162,7 @@ func (a *agent) processes() []int {
 
 func (a *agent) cleanup() {
 	if a.cmd != nil {
+		a.isItself()
 		a.cmd.Process.Kill()
 		<-a.exited
 	}
@@ -175,6 +176,23 @@ func (a *agent) cleanup() {
 		a.t.Logf("the kernel's log:\n%s", tail(string(kernel), 4000))
 	}
 	os.RemoveAll(a.dir)
+}
+
+// isItself checks that the agent's first thread, by which others know the agent, is where and who it was when it began.
+func (a *agent) isItself() {
+	a.t.Helper()
+	ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", a.cmd.Process.Pid))
+	if err != nil {
+		return // it has ended
+	}
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil || ns != own {
+		a.t.Errorf("the agent is in %s, this test in %s, %v", ns, own, err)
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", a.cmd.Process.Pid))
+	if err == nil && !strings.Contains(string(status), "\nUid:\t0\t0\t0\t0\n") {
+		a.t.Errorf("the agent is another user: %s", status)
+	}
 }
 
 func tail(s string, n int) string {

@@ -8,12 +8,17 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 )
+
+// What the kernel shows of this process, and the agent asks for, is where its first thread is. Go ends other threads with the goroutines that
+// locked them in another namespace, and not that one.
+func init() { runtime.LockOSThread() }
 
 func readFile(t *testing.T, path string) string {
 	t.Helper()
