@@ -3,9 +3,10 @@
 //	#!/usr/local/bin/firstact LOG SOCKET NAMESPACE [wait]
 //
 // It is the interpreter of a script, whose entry is looked for: each script is a program of its own, and small.
-// How much is extended is asked first: what is extended later does not count. Exit status: 0 the TPM has it;
-// 1 the entry is not there, or not extended; 2 misuse, or it could not be found out. With wait it looks until the TPM has it, for a minute,
-// and prints how many microseconds after its start that was: 0 if it was so at the first look.
+// How much is extended is asked first: what is extended later does not count. Then the TPM's own register has to bear that out; it is
+// no first question, since a TPM that is busy answers only when what was under way is extended. Exit status: 0 the TPM has it;
+// 1 the entry is not there, or not extended, or that could not be found out; 2 misuse. With wait it looks until the TPM has it by what
+// the agent says, for a minute, and prints how many microseconds after its start that was: 0 if it was so at the first look.
 package main
 
 import (
@@ -20,6 +21,7 @@ import (
 	"imans.dev/imans-agent/internal/control"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imalog"
+	"imans.dev/imans-agent/internal/verify"
 )
 
 func main() {
@@ -33,11 +35,16 @@ func main() {
 		fmt.Fprintln(os.Stderr, "firstact: want to be the interpreter of a script, with LOG SOCKET NAMESPACE [wait]")
 		os.Exit(2)
 	}
-	err := look(args, os.Args[2])
+	l := list{log: args[0], namespace: args[2], agent: control.NewClient(args[1])}
+	number, err := l.look(os.Args[2])
 	var after time.Duration
 	for wait && err != nil && after < time.Minute {
 		time.Sleep(200 * time.Microsecond)
-		err, after = look(args, os.Args[2]), time.Since(began)
+		_, err = l.look(os.Args[2])
+		after = time.Since(began)
+	}
+	if err == nil && !wait {
+		err = l.proven(number)
 	}
 	if err != nil {
 		fmt.Println("firstact:", err)
@@ -48,41 +55,66 @@ func main() {
 	}
 }
 
-// look returns why the TPM does not have the entry of a name.
-func look(args []string, name string) error {
-	entries, err := extended(args[1], args[2])
+// list is a namespace's list, by its log and by the agent.
+type list struct {
+	log, namespace string
+	agent          *control.Client
+}
+
+// look returns which entry is that of a name, the first being 1, or why the TPM does not have it.
+func (l list) look(name string) (number int, err error) {
+	ns, err := l.agent.Namespace(context.Background(), l.namespace)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	return find(args[0], name, entries)
-}
-
-// extended returns how many of a list's entries are in its TPM.
-func extended(socket, namespace string) (int, error) {
-	n, err := control.NewClient(socket).Namespace(context.Background(), namespace)
-	return n.Extended, err
-}
-
-func find(log, name string, extended int) error {
-	f, err := os.Open(log)
+	f, err := os.Open(l.log)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer f.Close()
 	r := imalog.NewReader(f, ima.SHA1)
-	for number := 1; ; number++ {
+	for number = 1; ; number++ {
 		e, err := r.Next()
 		if errors.Is(err, io.EOF) {
-			return fmt.Errorf("%s has no entry", name)
+			return 0, fmt.Errorf("%s has no entry", name)
 		} else if err != nil {
-			return err
+			return 0, err
 		}
 		if e.Name() != name || e.Violation() {
 			continue
 		}
-		if number > extended {
-			return fmt.Errorf("%s is entry %d, and %d are extended", name, number, extended)
+		if number > ns.Extended {
+			return 0, fmt.Errorf("%s is entry %d, and %d are extended", name, number, ns.Extended)
 		}
-		return nil
+		return number, nil
 	}
+}
+
+// proven returns an error if the TPM's register does not prove the first entries.
+func (l list) proven(number int) error {
+	p, err := l.agent.PCRs(context.Background(), l.namespace)
+	if err != nil {
+		return err
+	}
+	values := make(map[ima.HashAlgo]ima.Digest)
+	for _, text := range p.Values {
+		d, err := ima.ParseDigest(text)
+		if err != nil {
+			return err
+		}
+		values[d.Algo()] = d
+	}
+	f, err := os.Open(l.log)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	res, err := verify.List(f, verify.Options{PCRs: map[int]map[ima.HashAlgo]ima.Digest{p.PCR: values}})
+	if err != nil {
+		return err
+	}
+	if !res.Proven.Matched || res.Proven.Prefix < number {
+		return fmt.Errorf("entry %d counts as extended, and the TPM proves %d: %v", number, res.Proven.Prefix, res.Err())
+	}
+	return nil
 }
