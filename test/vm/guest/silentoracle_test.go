@@ -105,7 +105,11 @@ func TestNeverSilentZWriters(t *testing.T) {
 				_, theirs := names(theirList)
 				oursHaveTheirs(t, ourList, theirList)
 				n := theirs[path] + theirs[path+".link"] // the writer's name for it; ours is the list's
-				if ours[path] < n {
+				least := n
+				if os.Getenv("IMANS_VM_KERNEL") == "6.1" {
+					least = min(n, c.want) // one for each open, which later kernels have made one for each content, as ours is
+				}
+				if ours[path] < least {
 					t.Errorf("%s: the kernel's list has %d violations, ours %d", place, n, ours[path])
 				}
 				for name := range theirs {
