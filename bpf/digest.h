@@ -39,12 +39,12 @@ static __always_inline bool imans_is_settled(const struct imans_version *version
 }
 
 /*
- * Fills the digest of the file whose content and flags are given, and returns more flags. It sleeps, so only sleepable hooks
- * may call it, and never with a record reserved: a slow file would hold up everyone's records. The version read again
- * afterwards tells whether the content stood still.
+ * Fills the digest of the file whose content and flags are given, and returns more flags. It sleeps, so only sleepable hooks may call it, and never with
+ * a record reserved: a slow file would hold up everyone's records. A version that moves without a writer need not be a change of the content: xfs
+ * counts those of the access time, which the kernel's own reading is. What the file is then is hashed anew, once. The version read again afterwards
+ * tells whether the content stood still.
  */
-static __noinline __u32 imans_take_digest(struct file *file, const struct imans_content *content, __u32 flags,
-					  struct imans_digest *digest)
+static __noinline __u32 imans_take_digest(struct file *file, struct imans_content *content, __u32 flags, struct imans_digest *digest)
 {
 	bool provable = !(flags & (IMANS_WRITERS | IMANS_REAL_UNKNOWN)) && imans_keeps_time(content->fs_magic);
 	__u32 *distrust = imans_setting(IMANS_DISTRUST_CACHE);
@@ -61,11 +61,18 @@ static __noinline __u32 imans_take_digest(struct file *file, const struct imans_
 			return 0;
 		}
 	}
-	digest->algo = bpf_ima_file_hash(file, digest->sum, sizeof(digest->sum));
-	flags = imans_read_version(file->f_inode, &after) & IMANS_WRITERS;
-	if (!imans_same_version(&content->version, &after))
+	for (int try = 0; try < 2; try++) {
+		digest->algo = bpf_ima_file_hash(file, digest->sum, sizeof(digest->sum));
+		flags = imans_read_version(file->f_inode, &after) & IMANS_WRITERS;
+		if (imans_same_version(&content->version, &after))
+			break;
 		flags |= IMANS_CHANGED;
-	if (provable && !flags && digest->algo >= 0 && imans_is_settled(&after))
+		if (flags != IMANS_CHANGED)
+			break;
+		__builtin_memcpy(&content->version, &after, sizeof(after));
+		imans_fill_content(file->f_inode, content);
+	}
+	if (provable && !flags && digest->algo >= 0 && imans_is_settled(&content->version))
 		bpf_map_update_elem(&recent_digests, &content->version, digest, BPF_ANY);
 	return flags;
 }

@@ -61,7 +61,7 @@ struct imans_content {
 	struct imans_version version;
 	__u64 size;
 	__u32 nlink;
-	__u32 pad;
+	__u32 writes; /* how often it was opened for writing since it is held, by then */
 	__u64 fs_magic; /* of the file system that holds the real inode */
 	__u8 fs_uuid[16];
 };
@@ -118,22 +118,18 @@ struct imans_inode {
 	__u32 generation;
 };
 
-/*
- * A held inode that someone has open for reading, or whose young content was sent in the last ticks of the clock, is about to be opened for writing: what
- * was measured may be changed now. 88 bytes.
- */
+/* A held inode that someone has open for reading is about to be opened for writing: what was measured may be changed now. 88 bytes. */
 struct imans_write {
 	struct imans_header header; /* the writer's namespace */
 	struct imans_subject subject;
 	struct imans_inode inode;
 };
 
-/* held_inodes: the inode's content was sent to be measured. 24 bytes. */
+/* held_inodes: the inode's content was sent to be measured. 16 bytes. */
 struct imans_hold {
 	__u64 boottime; /* of the last time, ns */
-	__u64 jiffies;  /* then, if the content was young; 0 */
 	__u32 told;     /* a writer was told of since then */
-	__u32 pad;
+	__u32 writes;   /* how often it was opened for writing since the first time; goes round */
 };
 
 /* A mount namespace came to be, or was first met (parent 0: not known). 80 bytes. */

@@ -151,12 +151,11 @@ static __noinline int imans_submit_file(struct file *file, struct imans_look *lo
 	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
 	if (!record)
 		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
-	found.flags |= imans_hold_file(file, &found.content.version);
-	IMANS_FORGET(found.flags);
 	len = bpf_d_path(&file->f_path, record->path, sizeof(record->path));
 	if (len > 0) {
 		imans_fill_file(&record->file, file, look, &found);
 		record->file.path_len = len - 1;
+		imans_hold_file(file, &record->file);
 		bpf_ringbuf_submit(record, imans_wake_flags());
 		return 0;
 	}
@@ -165,14 +164,13 @@ static __noinline int imans_submit_file(struct file *file, struct imans_look *lo
 	long_record = bpf_ringbuf_reserve(&events, sizeof(*long_record), 0);
 	if (!long_record)
 		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
-	found.flags |= imans_hold_file(file, &found.content.version);
-	IMANS_FORGET(found.flags);
 	len = bpf_d_path(&file->f_path, long_record->path, sizeof(long_record->path));
 	imans_fill_file(&long_record->file, file, look, &found);
 	if (len > 0)
 		long_record->file.path_len = len - 1;
 	else
 		imans_fill_name(&long_record->file, long_record->path, file);
+	imans_hold_file(file, &long_record->file);
 	bpf_ringbuf_submit(long_record, imans_wake_flags());
 	return 0;
 }
@@ -187,10 +185,9 @@ static __noinline int imans_submit_mapping(struct file *file, struct imans_look 
 	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
 	if (!record)
 		return imans_lose(look->mntns, look->inum, IMANS_LOSS_RING_BUFFER_FULL);
-	found.flags |= imans_hold_file(file, &found.content.version);
-	IMANS_FORGET(found.flags);
 	imans_fill_file(&record->file, file, look, &found);
 	imans_fill_name(&record->file, record->path, file);
+	imans_hold_file(file, &record->file);
 	bpf_ringbuf_submit(record, imans_wake_flags());
 	return 0;
 }

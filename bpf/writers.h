@@ -3,10 +3,10 @@
  * writers.h - who opens for writing what was measured and is in use (time of measure, time of use).
  *
  * An inode is held from the moment on when its content is sent to be measured. Opening it for writing while someone has it open
- * for reading is a record, once for each content that was sent. So is opening young content within a tick of the clock, in use or not: what is
- * written then can leave the change time as it was, which the agent would not see where it is the one that hashes. No hook of the LSM is called
- * for writers alone, and one for all opens would cost each file that an exec opens some 200 instructions. So the place is where a mount is asked for write access,
- * which do_dentry_open does before security_file_open; the file is what the task's path walk has come to.
+ * for reading is a record, once for each content that was sent. Each such open is counted, in use or not: where the agent is the one that hashes, and
+ * the change time does not show each change, that tells whether what it hashed is what was used. No hook of the LSM is called for writers alone, and
+ * one for all opens would cost each file that an exec opens some 200 instructions. So the place is where a mount is asked for write access, which
+ * do_dentry_open does before security_file_open; the file is what the task's path walk has come to.
  */
 #ifndef IMANS_WRITERS_H
 #define IMANS_WRITERS_H
@@ -20,51 +20,44 @@ struct {
 	__type(value, struct imans_hold);
 } held_inodes SEC(".maps");
 
-/*
- * How many jiffies may pass while the clock that change times are taken from stands still: it follows a jiffy later at times (kernel/time,
- * timekeeping_advance). No helper for that clock itself may be called here.
- */
-#define IMANS_TICK 2
-
-/* The jiffies when young content was sent last for whose inode there was no room. */
-static __u64 imans_no_room;
-
-static __noinline int imans_hold_inode(__u64 ino, __u32 dev, __u32 generation, __u64 jiffies)
+/* Returns how often the inode was opened for writing since it is held. */
+static __noinline __u32 imans_hold_inode(__u64 ino, __u32 dev, __u32 generation)
 {
 	struct imans_inode key = { .ino = ino, .dev = dev, .generation = generation };
-	struct imans_hold hold = { .boottime = bpf_ktime_get_boot_ns(), .jiffies = jiffies };
+	struct imans_hold first = {}, *hold = bpf_map_lookup_elem(&held_inodes, &key);
 	__u32 *all;
-	int err = bpf_map_update_elem(&held_inodes, &key, &hold, BPF_ANY);
 
-	if (err) {
+	if (!hold) {
+		bpf_map_update_elem(&held_inodes, &key, &first, BPF_NOEXIST);
+		hold = bpf_map_lookup_elem(&held_inodes, &key);
+	}
+	if (!hold) {
 		all = imans_setting(IMANS_HOLD_ALL);
 		if (all)
 			*all = 1;
-		imans_no_room = jiffies;
+		return 0;
 	}
-	return 0;
+	hold->boottime = bpf_ktime_get_boot_ns();
+	hold->told = 0;
+	return *(volatile __u32 *)&hold->writes;
 }
 
 /*
- * Holds a file whose record is reserved: a writer's record comes after it. Whoever came before, since the content was looked at, is
- * seen by the version or as a writer; the flags for that are returned.
+ * Holds a file whose record is made, so that a writer's record comes after it. Whoever came before, since the content was looked at, is seen by the
+ * version or as a writer; who comes later is counted.
  */
-static __noinline int imans_hold_file(struct file *file, const struct imans_version *version)
+static __noinline int imans_hold_file(struct file *file, struct imans_file *record)
 {
 	struct inode *inode = file->f_inode;
 	struct imans_version now = {};
-	__u64 jiffies = 0;
-	int flags;
 
-	if (!imans_is_settled(version))
-		jiffies = bpf_jiffies64();
-	imans_hold_inode(version->ino, version->dev, version->generation, jiffies);
+	record->content.writes = imans_hold_inode(record->content.version.ino, record->content.version.dev, record->content.version.generation);
 	if (inode->i_sb->s_magic == OVERLAYFS_SUPER_MAGIC)
-		imans_hold_inode(inode->i_ino, inode->i_sb->s_dev, 0, jiffies);
-	flags = imans_read_version(inode, &now) & IMANS_WRITERS;
-	if (!imans_same_version(version, &now))
-		flags |= IMANS_CHANGED;
-	return flags;
+		record->content.writes += imans_hold_inode(inode->i_ino, inode->i_sb->s_dev, 0);
+	record->flags |= imans_read_version(inode, &now) & IMANS_WRITERS;
+	if (!imans_same_version(&record->content.version, &now))
+		record->flags |= IMANS_CHANGED;
+	return 0;
 }
 
 /*
@@ -88,18 +81,18 @@ static __always_inline bool imans_has_readers(struct inode *inode)
 	return BPF_CORE_READ(real, i_readcount.counter) > 0 && BPF_CORE_READ(real, i_writecount.counter) <= 0;
 }
 
-/* Whether a writer of the inode is to be told of now. Where nobody uses it, young content was sent within a tick. */
-static __always_inline bool imans_is_held(const struct imans_inode *key, bool in_use)
+/* Counts that an inode is being opened for writing. Returns whether that is to be told of. */
+static __always_inline bool imans_count_writer(const struct imans_inode *key, bool in_use)
 {
 	struct imans_hold *hold = bpf_map_lookup_elem(&held_inodes, key);
 	__u32 *all;
 
-	if (hold && !in_use)
-		return bpf_jiffies64() - hold->jiffies <= IMANS_TICK;
-	if (hold)
-		return !__sync_lock_test_and_set(&hold->told, 1);
+	if (hold) {
+		__sync_fetch_and_add(&hold->writes, 1);
+		return in_use && !__sync_lock_test_and_set(&hold->told, 1);
+	}
 	all = imans_setting(IMANS_HOLD_ALL);
-	return all && *all && (in_use || bpf_jiffies64() - imans_no_room <= IMANS_TICK);
+	return in_use && all && *all;
 }
 
 /*
@@ -115,19 +108,41 @@ static __noinline int imans_lose_writer(const struct imans_inode *key)
 	return imans_lose(0, 0, IMANS_LOSS_WRITER_LOST);
 }
 
+/* The same for the inode that has an overlayfs inode's bytes: a mapping that is made executable later is of that one (imans_file_mprotect). */
+static __noinline bool imans_count_writer_of_upper(struct inode *inode, struct imans_inode *key, bool in_use)
+{
+	struct dentry *upper = bpf_core_type_exists(struct ovl_inode) ? imans_overlay_upper(inode) : NULL;
+	struct imans_inode real = {};
+	struct inode *bytes;
+
+	if (!upper)
+		return false;
+	bytes = BPF_CORE_READ(upper, d_inode);
+	real.ino = BPF_CORE_READ(bytes, i_ino);
+	real.dev = BPF_CORE_READ(bytes, i_sb, s_dev);
+	real.generation = BPF_CORE_READ(bytes, i_generation);
+	if (!imans_count_writer(&real, in_use))
+		return false;
+	*key = real;
+	return true;
+}
+
 static __always_inline void imans_tell_writer(struct inode *inode)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct super_block *sb = inode->i_sb;
 	struct imans_inode key = { .ino = inode->i_ino, .dev = sb->s_dev };
-	bool in_use = imans_has_readers(inode);
+	bool tell, overlay = sb->s_magic == OVERLAYFS_SUPER_MAGIC, in_use = imans_has_readers(inode);
 	struct mnt_namespace *ns;
 	struct imans_write *record;
 	__u64 mntns;
 
-	if (sb->s_magic != OVERLAYFS_SUPER_MAGIC)
+	if (!overlay)
 		key.generation = inode->i_generation;
-	if (!imans_is_held(&key, in_use))
+	tell = imans_count_writer(&key, in_use);
+	if (overlay)
+		tell |= imans_count_writer_of_upper(inode, &key, in_use && !tell);
+	if (!tell)
 		return;
 	ns = task->nsproxy->mnt_ns;
 	mntns = imans_mntns_id(ns);

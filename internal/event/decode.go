@@ -134,6 +134,7 @@ func decodeFile(b []byte, h Header) *File {
 	f := &File{
 		Header:   h,
 		Nlink:    u32(b, 120),
+		Writes:   u32(b, 124),
 		RealFS:   FileSystem{Magic: u64(b, 128), UUID: [16]byte(b[136:152])},
 		Policy:   u64(b, 152),
 		SeenIno:  u64(b, 160),

@@ -111,6 +111,7 @@ type File struct {
 	Content  Content
 	RealFS   FileSystem // of the real inode; Name and Subtype are empty where Overlay
 	Nlink    uint32
+	Writes   uint32     // how often it was opened for writing since its inodes are held, by then; goes round
 	Policy   uint64     // generation of the chain's policies that the kernel side filtered by
 	SeenFS   FileSystem // of the file as opened: what rules see
 	SeenIno  uint64

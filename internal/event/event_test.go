@@ -26,6 +26,7 @@ func fileRecord(path string, change func(b []byte)) []byte {
 	put64(96, 257<<32|7)
 	put32(104, 8<<20|1)
 	put64(112, 4096)
+	put32(124, 6)
 	put64(152, 3)
 	put32(204, uint32(ima.BPRMCheck))
 	put32(212, uint32(len(path)))
@@ -45,7 +46,7 @@ func TestDecodeFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	f := r.(*File)
-	if f.NS.String() != "4026532281:7" || f.Sequence != 99 || f.Path != "/bin/true" || f.Process.TGID != 1234 {
+	if f.NS.String() != "4026532281:7" || f.Sequence != 99 || f.Path != "/bin/true" || f.Process.TGID != 1234 || f.Writes != 6 {
 		t.Errorf("decoded %+v", f)
 	}
 	if f.Digest.Algo() != ima.SHA256 || f.Digest.Bytes()[0] != 0xab || f.Errno != 0 {

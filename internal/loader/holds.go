@@ -12,9 +12,8 @@ import (
 
 // hold is struct imans_hold.
 type hold struct {
-	Boottime  uint64
-	Jiffies   uint64
-	Told, Pad uint32
+	Boottime     uint64
+	Told, Writes uint32
 }
 
 // rawInode is struct imans_inode.
@@ -34,6 +33,22 @@ func (k *Kernel) Hold(i event.Inode) error {
 		return k.set(settingHoldAll, true)
 	}
 	return nil
+}
+
+// Writes returns how often a file was opened for writing since its inode is held, or inodes are, as a file event says how often by then. It
+// goes round. False: it is not held.
+func (k *Kernel) Writes(inodes ...event.Inode) (count uint32, held bool, err error) {
+	for _, i := range inodes {
+		var h hold
+		err := k.maps[imansMapHeldInodes].Lookup(rawInode{i.Ino, i.Dev, i.Generation}, &h)
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return 0, false, nil
+		} else if err != nil {
+			return 0, false, fmt.Errorf("look for a held inode: %w", err)
+		}
+		count += h.Writes
+	}
+	return count, true, nil
 }
 
 // TrimHolds makes room if held inodes had none, which it reports: those go that are held since before some time and that nobody wants any

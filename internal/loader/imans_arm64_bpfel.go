@@ -23,9 +23,8 @@ type imansImansDigest struct {
 type imansImansHold struct {
 	_        structs.HostLayout
 	Boottime uint64
-	Jiffies  uint64
 	Told     uint32
-	Pad      uint32
+	Writes   uint32
 }
 
 type imansImansInode struct {

@@ -16,12 +16,12 @@ const layout = `
 imans_header 32: kind 0, inum 4, mntns 8, boottime 16, sequence 24
 imans_subject 40: tgid 0, pid 4, start_boottime 8, uid 16, euid 20, suid 24, gid 28, egid 32, sgid 36
 imans_version 40: ino 0, change 8, ctime 16, subvolume 24, dev 32, generation 36
-imans_content 80: version 0, size 40, nlink 48, pad 52, fs_magic 56, fs_uuid 64
+imans_content 80: version 0, size 40, nlink 48, writes 52, fs_magic 56, fs_uuid 64
 imans_digest 72: algo 0, pad 4, sum 8
 imans_file 368: header 0, subject 32, content 72, policy 152, seen_ino 160, seen_magic 168, seen_uuid 176, seen_dev 192, fowner 196, fgroup 200, func 204, flags 208, path_len 212, vma_start 216, vma_end 224, digest 232, fs_name 304, fs_subtype 336
 imans_inode 16: ino 0, dev 8, generation 12
 imans_write 88: header 0, subject 32, inode 72
-imans_hold 24: boottime 0, jiffies 8, told 16, pad 20
+imans_hold 16: boottime 0, told 8, writes 12
 imans_birth 80: header 0, parent 32, parent_inum 40, tgid 44, ancestors 48
 imans_id_range 12: inside 0, outside 4, count 8
 imans_id_maps 160: header 0, users 32, groups 36, uids 40, gids 100

@@ -312,6 +312,9 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 	}
 	root := l.root(s)
 	sums, err := lookWithin(s.allowance(), func(ctx context.Context) ([]ima.Digest, error) { return digest.Hash(ctx, l.ev, root, algo) })
+	if err == nil && !cacheable {
+		err = l.unwritten()
+	}
 	if err != nil {
 		l.because, l.loss = err, event.LossReadError
 		if errors.Is(err, digest.ErrChanged) {
@@ -329,6 +332,22 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 		l.inDoubt = true
 	}
 	return sums[0], 0
+}
+
+// unwritten is for a file whose identity does not stand for its bytes: an error unless it is known that nobody has opened it for writing since
+// the event. Who had it open then is a flag of the event.
+func (l *look) unwritten() error {
+	writes, held, err := l.tree.config.Kernel.Writes(l.ev.Inodes()...)
+	if err != nil {
+		return err
+	}
+	if !held {
+		return fmt.Errorf("%w, it may be: there was no room to count its writers", digest.ErrChanged)
+	}
+	if writes != l.ev.Writes {
+		return fmt.Errorf("%w, it may be: it was opened for writing since its use", digest.ErrChanged)
+	}
+	return nil
 }
 
 // root returns the way into the event's namespace that is kept from the first time it was needed. Where no process is left in

@@ -146,6 +146,22 @@ func (w *contentWant) check(t *testing.T, list []*imalog.Entry, all bool) {
 	}
 }
 
+// That the kernel reads a file to hash it is no change of the file, though xfs counts it as one: nobody has read it before.
+func TestNeverSilentFirstRead(t *testing.T) {
+	a := startAgent(t, "--digest", "kernel")
+	for _, p := range contentPlaces(t) {
+		path := p.dir + "/unread"
+		sum := makeProgram(t, path)
+		time.Sleep(50 * time.Millisecond) // the access time would stay as it is
+		mapped(t, path)()
+		list := a.list("native")
+		if _, violations := names(list); digestsOf(list)[fmt.Sprintf("sha256:%x", sum)] != 1 || violations[path] != 0 {
+			t.Errorf("%s: %d entries, %d violations", p.fs, digestsOf(list)[fmt.Sprintf("sha256:%x", sum)], violations[path])
+		}
+	}
+	a.verifyNow("native")
+}
+
 // Who enters a namespace from outside is measured in it from then on.
 func TestNeverSilentOutsider(t *testing.T) {
 	sample(t, "6.12")

@@ -36,12 +36,12 @@ var contentKinds = []struct {
 // contentShares are the kinds that a kernel has when time is short: all of them on one or the other.
 var contentShares = map[string][]string{"6.1": {"xfs", "tmpfs"}, "6.12": {"btrfs", "overlayfs"}, "6.18": {"ext4", "FUSE", "NFS"}}
 
-// contentPlaces makes one of each kind, or of those that are this kernel's share.
-func contentPlaces(t *testing.T) []contentPlace {
+// contentPlaces makes one of each kind but some, or of those that are this kernel's share.
+func contentPlaces(t *testing.T, but ...string) []contentPlace {
 	t.Helper()
 	var places []contentPlace
 	for _, kind := range contentKinds {
-		if short() && !slices.Contains(contentShares[os.Getenv("IMANS_VM_KERNEL")], kind.fs) {
+		if slices.Contains(but, kind.fs) || short() && !slices.Contains(contentShares[os.Getenv("IMANS_VM_KERNEL")], kind.fs) {
 			continue
 		}
 		place := kind.make(t)
