@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -37,7 +38,7 @@ func Unload(c Config) error {
 	for _, config := range left {
 		i, err := vtpm.Adopt(config)
 		if errors.Is(err, os.ErrNotExist) {
-			vtpm.EndUnrecorded(config)
+			errs = append(errs, vtpm.EndUnrecorded(context.Background(), config))
 			continue
 		}
 		if errors.Is(err, vtpm.ErrLost) {

@@ -33,7 +33,7 @@ func takeOver(ctx context.Context, c Config) (*os.File, error) {
 			return lock, nil
 		}
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			EndUnrecorded(c)
+			endHolder(c)
 		}
 		select {
 		case <-ctx.Done():
@@ -44,9 +44,22 @@ func takeOver(ctx context.Context, c Config) (*os.File, error) {
 	}
 }
 
-// EndUnrecorded kills the process that was started for the folder, if there is one: Adopt does not find it where its agent ended before it
-// was on record. Call it where no other agent may be starting one.
-func EndUnrecorded(c Config) {
+// EndUnrecorded ends the process that was started for the folder, if there is one: Adopt does not find it where its agent ended before it
+// was on record. One that was only forked has the lock, and is waited for: it becomes swtpm in a moment. Call it where no other agent may be
+// starting one.
+func EndUnrecorded(ctx context.Context, c Config) error {
+	if _, err := os.Stat(filepath.Join(c.Dir, lockName)); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	lock, err := takeOver(ctx, c)
+	if err != nil {
+		return err
+	}
+	return lock.Close()
+}
+
+// endHolder kills the swtpm that has the folder's lock.
+func endHolder(c Config) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -221,12 +222,39 @@ func TestEndUnrecorded(t *testing.T) {
 	i, bystander := start(t, c), start(t, other)
 	defer i.Close()
 	defer bystander.Stop()
-	EndUnrecorded(c)
-	for deadline := time.Now().Add(10 * time.Second); i.Running() && time.Now().Before(deadline); {
-		time.Sleep(time.Millisecond)
+	if err := EndUnrecorded(t.Context(), c); err != nil || i.Running() || !bystander.Running() {
+		t.Errorf("%v; it runs: %v; another folder's: %v", err, i.Running(), bystander.Running())
 	}
-	if i.Running() || !bystander.Running() {
-		t.Errorf("it runs: %v; another folder's: %v", i.Running(), bystander.Running())
+	if err := EndUnrecorded(t.Context(), config(t)); err != nil {
+		t.Errorf("where there is no folder: %v", err)
+	}
+}
+
+// An agent that was killed between the fork and what that then executes: the process has the lock, and does not look like swtpm yet.
+func TestEndUnrecordedWhileItStarts(t *testing.T) {
+	c := config(t)
+	if err := os.Mkdir(c.Dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := takeOver(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	late := exec.Command("sh", "-c", "sleep 0.3 3<&-; exec tail -qf /dev/null "+stateOption)
+	late.ExtraFiles = []*os.File{lock}
+	if err := errors.Join(late.Start(), lock.Close()); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- late.Wait() }()
+	if err := EndUnrecorded(t.Context(), c); err != nil {
+		t.Errorf("EndUnrecorded: %v", err)
+	}
+	select {
+	case <-ended:
+	case <-time.After(time.Second):
+		t.Error("it runs")
+		late.Process.Kill()
 	}
 }
 
