@@ -44,7 +44,7 @@ func (c *Cache) Get(content event.Content, algo ima.HashAlgo) ima.Digest {
 	return e.Value.(*cached).digest
 }
 
-// Put keeps a digest. Only for a content that is Settled, on a file system that is Versioned.
+// Put keeps a digest. Only for a content whose identity stands for its bytes, on a file system that is Versioned.
 func (c *Cache) Put(content event.Content, d ima.Digest) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

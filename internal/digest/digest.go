@@ -7,9 +7,8 @@
 // What can't be proven is an error, never a guess: ErrUnreachable (the file is gone or another stands in its place),
 // ErrChanged (the content moved before or while it was read), or the read's own error. The caller records a violation.
 //
-// The proof rests on the inode's change time, which moves in ticks of up to 10 ms: two quick writes can hide in one. So
-// Settled tells whether a content was old enough when hashed for its identity to stand for its bytes; only then may it be
-// cached or skipped next time.
+// The proof rests on the inode's change time, which stands still between the steps of the clock that it is taken from, and at times for longer. So
+// Old and Settled tell whether a content's identity stands for its bytes; only then may it be cached or skipped next time.
 package digest
 
 import (
@@ -34,11 +33,27 @@ var (
 	ErrChanged = errors.New("the content changed")
 )
 
-// tick is the coarsest step of a file's change time: CONFIG_HZ=100. Content younger than two is not settled.
-const tick = 10 * time.Millisecond
+// oldAge is longer than the clock of change times ever stands still: its steps come late where the machine is slow, or virtual and not being run.
+const oldAge = time.Minute
 
-// Settled reports whether content was at least two ticks old at the given time.
-func Settled(c event.Content, at time.Time) bool { return at.Sub(c.Ctime()) >= 2*tick }
+// Old reports whether content was so old at the time of the wall clock that any change since has moved its change time.
+func Old(c event.Content, at time.Time) bool { return at.Sub(c.Ctime()) >= oldAge }
+
+// Settled reports whether each change from a time on gives the content another change time. clock is what ClockOfChanges was then. Whether it
+// was changed before, with the same change time, is another question. A file system that counts whole seconds shows none of their parts.
+func Settled(c event.Content, clock time.Time) bool {
+	if c.CtimeNsec == 0 {
+		return clock.Unix() > c.CtimeSec
+	}
+	return clock.After(c.Ctime())
+}
+
+// ClockOfChanges returns the clock that the kernel takes change times from (ktime_get_coarse_real_ts64, in include/linux/timekeeping.h).
+func ClockOfChanges() (time.Time, error) {
+	var ts unix.Timespec
+	err := unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &ts)
+	return time.Unix(ts.Unix()), err
+}
 
 // Local reports whether this kernel itself keeps the files of a file system, so that reading one waits for nobody else. Network and
 // user-space file systems may be in the hands of whoever would like to hold up the reader. Source: include/uapi/linux/magic.h.

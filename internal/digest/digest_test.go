@@ -77,7 +77,7 @@ func TestOpenNeverTakesAnotherFile(t *testing.T) {
 			return os.Rename(other, path)
 		}, ErrUnreachable},
 		"written": {func(path string) error {
-			time.Sleep(2 * tick)
+			time.Sleep(20 * time.Millisecond)
 			return os.WriteFile(path, []byte("size same"), 0o755)
 		}, ErrChanged},
 		"truncated": {func(path string) error { return os.Truncate(path, 3) }, ErrChanged},
@@ -123,7 +123,7 @@ func TestSumNoticesChangeAfterOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	time.Sleep(2 * tick)
+	time.Sleep(20 * time.Millisecond)
 	writeFile(t, path, []byte("another"))
 	if _, err := Sum(t.Context(), f, ev, ima.SHA256); !errors.Is(err, ErrChanged) {
 		t.Errorf("Sum: %v, want %v", err, ErrChanged)
@@ -186,11 +186,37 @@ func TestCacheDropsTheOldest(t *testing.T) {
 	}
 }
 
-func TestSettled(t *testing.T) {
-	now := time.Now()
-	c := event.Content{CtimeSec: now.Unix(), CtimeNsec: uint32(now.Nanosecond())}
-	if Settled(c, now.Add(tick)) || !Settled(c, now.Add(2*tick)) {
-		t.Error("settled must mean two ticks old")
+func TestOldAndSettled(t *testing.T) {
+	c := event.Content{CtimeSec: 1000, CtimeNsec: 500}
+	at := func(sec, nsec int64) time.Time { return time.Unix(sec, nsec) }
+	if Old(c, at(1059, 0)) || Old(c, at(900, 0)) || !Old(c, at(1060, 500)) {
+		t.Error("old must mean a minute old")
+	}
+	if Settled(c, at(1000, 500)) || Settled(c, at(999, 600)) || !Settled(c, at(1000, 501)) {
+		t.Error("settled must mean that the clock is past the change time")
+	}
+	whole := event.Content{CtimeSec: 1000}
+	if Settled(whole, at(1000, 999_999_999)) || !Settled(whole, at(1001, 0)) {
+		t.Error("a change time in whole seconds is past when the second is")
+	}
+}
+
+// The clock is that of a new file's change time.
+func TestClockOfChanges(t *testing.T) {
+	before, err := ClockOfChanges()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "f")
+	writeFile(t, path, []byte("content"))
+	ctime := eventOf(t, path).Content.Ctime()
+	for after := before; !after.After(ctime); time.Sleep(time.Millisecond) {
+		if after, err = ClockOfChanges(); err != nil || after.After(before.Add(time.Minute)) {
+			t.Fatalf("clock %v, changed %v, %v", after, ctime, err)
+		}
+	}
+	if ctime.Before(before) {
+		t.Errorf("changed at %v, the clock was %v before", ctime, before)
 	}
 }
 

@@ -115,10 +115,33 @@ func (t *Tree) stateOf(ctx context.Context, ns event.MountNS) (*State, error) {
 	return s, t.publish(s)
 }
 
-// provable reports whether the content's identity stands for its bytes from the event on.
+// provable reports whether the content's identity stands for its bytes from the event on: it did so then, or does so now and nobody has opened
+// the file for writing meanwhile.
 func (t *Tree) provable(ev *event.File) bool {
 	const doubt = event.Writers | event.Changed | event.RealUnknown
-	return ev.Flags&doubt == 0 && digest.Versioned(ev.RealFS.Magic) && digest.Settled(ev.Content, wallTime(ev.Boottime))
+	if ev.Flags&doubt != 0 || !digest.Versioned(ev.RealFS.Magic) {
+		return false
+	}
+	if digest.Old(ev.Content, wallTime(ev.Boottime)) {
+		return true
+	}
+	clock, err := digest.ClockOfChanges() // before the look for writers: who comes after that moves the change time
+	return err == nil && digest.Settled(ev.Content, clock) && t.unwritten(ev) == nil
+}
+
+// unwritten returns an error unless it is known that nobody has opened a file for writing since its event. Who had it open then is a flag of the event.
+func (t *Tree) unwritten(ev *event.File) error {
+	writes, held, err := t.config.Kernel.Writes(ev.Inodes()...)
+	if err != nil {
+		return err
+	}
+	if !held {
+		return fmt.Errorf("%w, it may be: there was no room to count its writers", digest.ErrChanged)
+	}
+	if writes != ev.Writes {
+		return fmt.Errorf("%w, it may be: it was opened for writing since its use", digest.ErrChanged)
+	}
+	return nil
 }
 
 // findName returns the path for the entry, as the kernel's IMA would have it.
@@ -292,9 +315,8 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 	if l.ev.Flags&event.Changed != 0 {
 		return ima.Digest{}, event.LossContentChanged
 	}
-	cacheable := l.tree.provable(l.ev)
 	if d := l.ev.Digest; !d.IsNone() && d.Algo() == algo {
-		if cacheable {
+		if l.tree.provable(l.ev) {
 			l.tree.cache.Put(l.ev.Content, d)
 		}
 		return d, 0
@@ -305,6 +327,7 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 	if l.file != nil {
 		return l.sumOfQuestion(s, algo)
 	}
+	cacheable := l.tree.provable(l.ev)
 	if cacheable {
 		if d := l.tree.cache.Get(l.ev.Content, algo); !d.IsNone() {
 			return d, 0
@@ -313,7 +336,7 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 	root := l.root(s)
 	sums, err := lookWithin(s.allowance(), func(ctx context.Context) ([]ima.Digest, error) { return digest.Hash(ctx, l.ev, root, algo) })
 	if err == nil && !cacheable {
-		err = l.unwritten()
+		err = l.tree.unwritten(l.ev)
 	}
 	if err != nil {
 		l.because, l.loss = err, event.LossReadError
@@ -332,22 +355,6 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 		l.inDoubt = true
 	}
 	return sums[0], 0
-}
-
-// unwritten is for a file whose identity does not stand for its bytes: an error unless it is known that nobody has opened it for writing since
-// the event. Who had it open then is a flag of the event.
-func (l *look) unwritten() error {
-	writes, held, err := l.tree.config.Kernel.Writes(l.ev.Inodes()...)
-	if err != nil {
-		return err
-	}
-	if !held {
-		return fmt.Errorf("%w, it may be: there was no room to count its writers", digest.ErrChanged)
-	}
-	if writes != l.ev.Writes {
-		return fmt.Errorf("%w, it may be: it was opened for writing since its use", digest.ErrChanged)
-	}
-	return nil
 }
 
 // root returns the way into the event's namespace that is kept from the first time it was needed. Where no process is left in

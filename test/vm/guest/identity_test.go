@@ -370,6 +370,40 @@ func TestNeverSilentTick(t *testing.T) {
 	}
 }
 
+// A file system that counts change times in whole seconds, as ext4 with small inodes does: what is changed within one is measured again.
+func TestNeverSilentTickOfASecond(t *testing.T) {
+	sample(t, "6.1")
+	for _, mode := range []string{"kernel", "agent"} {
+		t.Run(mode, func(t *testing.T) {
+			a := startAgent(t, "--digest", mode)
+			dir := onDisk(t, "ext4 -I 128").dir
+			var sums []string
+			for i := range 5 {
+				path := fmt.Sprintf("%s/f%d", dir, i)
+				for _, text := range []string{"before", "after!"} {
+					content := tinyProgram(fmt.Sprint(text, i))
+					sums = append(sums, digestOf(content))
+					if err := os.WriteFile(path, content, 0o755); err != nil {
+						t.Fatal(err)
+					}
+					for range 2 {
+						time.Sleep(30 * time.Millisecond)
+						mapped(t, path)()
+						a.caughtUp()
+					}
+				}
+			}
+			found := digestsOf(a.list("native"))
+			for i, sum := range sums {
+				if found[sum] == 0 {
+					t.Errorf("f%d: %s has no entry", i/2, sum)
+				}
+			}
+			a.verifyNow("native")
+		})
+	}
+}
+
 // usedLater maps a file, makes the mapping executable and takes it away. What is there when then is done is looked at by the agent.
 func usedLater(path string, then func() error) error {
 	f, err := os.Open(path)
