@@ -108,30 +108,29 @@ static __noinline int imans_lose_writer(const struct imans_inode *key)
 	return imans_lose(0, 0, IMANS_LOSS_WRITER_LOST);
 }
 
-/* The same for the inode that has an overlayfs inode's bytes: a mapping that is made executable later is of that one (imans_file_mprotect). */
-static __noinline bool imans_count_writer_of_upper(struct inode *inode, struct imans_inode *key, bool in_use)
+/*
+ * Counts the writer of an overlayfs inode at the inode that has its bytes, in the upper layer: a mapping that is made executable later is of that
+ * one (imans_file_mprotect). upper: which it is.
+ */
+static __noinline bool imans_count_writer_of_upper(struct inode *inode, struct imans_inode *upper, bool in_use)
 {
-	struct dentry *upper = bpf_core_type_exists(struct ovl_inode) ? imans_overlay_upper(inode) : NULL;
-	struct imans_inode real = {};
-	struct inode *bytes;
+	struct dentry *dentry = bpf_core_type_exists(struct ovl_inode) ? imans_overlay_upper(inode) : NULL;
+	struct inode *real;
 
-	if (!upper)
+	if (!dentry)
 		return false;
-	bytes = BPF_CORE_READ(upper, d_inode);
-	real.ino = BPF_CORE_READ(bytes, i_ino);
-	real.dev = BPF_CORE_READ(bytes, i_sb, s_dev);
-	real.generation = BPF_CORE_READ(bytes, i_generation);
-	if (!imans_count_writer(&real, in_use))
-		return false;
-	*key = real;
-	return true;
+	real = BPF_CORE_READ(dentry, d_inode);
+	upper->ino = BPF_CORE_READ(real, i_ino);
+	upper->dev = BPF_CORE_READ(real, i_sb, s_dev);
+	upper->generation = BPF_CORE_READ(real, i_generation);
+	return imans_count_writer(upper, in_use);
 }
 
 static __always_inline void imans_tell_writer(struct inode *inode)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct super_block *sb = inode->i_sb;
-	struct imans_inode key = { .ino = inode->i_ino, .dev = sb->s_dev };
+	struct imans_inode key = { .ino = inode->i_ino, .dev = sb->s_dev }, upper = {};
 	bool tell, overlay = sb->s_magic == OVERLAYFS_SUPER_MAGIC, in_use = imans_has_readers(inode);
 	struct mnt_namespace *ns;
 	struct imans_write *record;
@@ -140,8 +139,10 @@ static __always_inline void imans_tell_writer(struct inode *inode)
 	if (!overlay)
 		key.generation = inode->i_generation;
 	tell = imans_count_writer(&key, in_use);
-	if (overlay)
-		tell |= imans_count_writer_of_upper(inode, &key, in_use && !tell);
+	if (overlay && imans_count_writer_of_upper(inode, &upper, in_use)) {
+		tell = true;
+		key = upper; /* which is no other file's: an overlay's own numbers are soon given again */
+	}
 	if (!tell)
 		return;
 	ns = task->nsproxy->mnt_ns;

@@ -136,7 +136,7 @@ func Same(f *os.File, ev *event.File) error {
 	if st.Ino != c.Ino && st.Ino != ev.SeenIno {
 		return fmt.Errorf("%w: inode %d, want %d", ErrUnreachable, st.Ino, c.Ino)
 	}
-	if ev.Flags&event.Overlay == 0 && st.Dev_major<<20|st.Dev_minor != c.Dev && !anonymousDevices(ev.SeenFS.Magic) {
+	if !onOverlay(f, ev) && st.Dev_major<<20|st.Dev_minor != c.Dev && !anonymousDevices(ev.SeenFS.Magic) {
 		return fmt.Errorf("%w: device %d:%d, want %d:%d", ErrUnreachable, st.Dev_major, st.Dev_minor, c.Dev>>20, c.Dev&0xfffff)
 	}
 	if st.Ctime.Sec != c.CtimeSec || st.Ctime.Nsec != c.CtimeNsec || st.Size != c.Size {
@@ -146,6 +146,15 @@ func Same(f *os.File, ev *event.File) error {
 	return nil
 }
 
+// onOverlay reports whether an open file is overlayfs's own. A mapping that is made executable later is of the real file, and leads to that one.
+func onOverlay(f *os.File, ev *event.File) bool {
+	if ev.Flags&event.Mprotect == 0 {
+		return ev.Flags&event.Overlay != 0
+	}
+	var st unix.Statfs_t
+	return unix.Fstatfs(int(f.Fd()), &st) == nil && st.Type == unix.OVERLAYFS_SUPER_MAGIC
+}
+
 // anonymousDevices reports whether statx shows another device than the superblock's: each btrfs subvolume has its own. The event has the
 // subvolume's number; sameSubvolume compares that.
 func anonymousDevices(fsMagic uint64) bool { return fsMagic == unix.BTRFS_SUPER_MAGIC }
@@ -153,7 +162,7 @@ func anonymousDevices(fsMagic uint64) bool { return fsMagic == unix.BTRFS_SUPER_
 // sameSubvolume checks that a file that is open for reading is of the subvolume of btrfs that the event saw. Below overlayfs that can't be
 // asked for, nor was it seen where btrfs was not there when the kernel side began.
 func sameSubvolume(f *os.File, ev *event.File) error {
-	if ev.Content.Subvolume == 0 || ev.Flags&event.Overlay != 0 {
+	if ev.Content.Subvolume == 0 || onOverlay(f, ev) {
 		return nil
 	}
 	const inoLookup = 0xd0009412 // BTRFS_IOC_INO_LOOKUP: _IOWR(0x94, 18, struct btrfs_ioctl_ino_lookup_args)

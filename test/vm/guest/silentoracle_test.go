@@ -26,6 +26,7 @@ const (
 | changed, mapped anew, changed again | 2, 2 | 2, 2 | 0, 1 | 0, 2 |
 | it is open for writing before it is mapped | 1, 1 | 1, 1 | 1, 1 | 1, 1 |
 | it is not mapped any more | 0, 0 | 0, 0 | 0, 0 | 0, 0 |
+| its mapping is made executable later | 0, 1 | 0, 1 | 0, 0 | 0, 1 |
 | others open it for reading | 0, 0 | 0, 0 | 0, 0 | 0, 0 |
 | another file takes its name | 0, 0 | 0, 0 | 0, 0 | 0, 0 |
 | it is a running program (ETXTBSY) | 0, 0 | 0, 0 | 0, 0 | 0, 0 |
