@@ -230,8 +230,9 @@ func TestEndUnrecorded(t *testing.T) {
 	}
 }
 
-// An agent that was killed between the fork and what that then executes: the process has the lock, and does not look like swtpm yet.
-func TestEndUnrecordedWhileItStarts(t *testing.T) {
+// locked makes a folder that is in use.
+func locked(t *testing.T) (Config, *os.File) {
+	t.Helper()
 	c := config(t)
 	if err := os.Mkdir(c.Dir, 0o700); err != nil {
 		t.Fatal(err)
@@ -240,6 +241,12 @@ func TestEndUnrecordedWhileItStarts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return c, lock
+}
+
+// An agent that was killed between the fork and what that then executes: the process has the lock, and does not look like swtpm yet.
+func TestEndUnrecordedWhileItStarts(t *testing.T) {
+	c, lock := locked(t)
 	late := exec.Command("sh", "-c", "sleep 0.3 3<&-; exec tail -qf /dev/null "+stateOption)
 	late.ExtraFiles = []*os.File{lock}
 	if err := errors.Join(late.Start(), lock.Close()); err != nil {
@@ -260,14 +267,7 @@ func TestEndUnrecordedWhileItStarts(t *testing.T) {
 
 // The lock is the folder's, whoever has it.
 func TestFolderInUse(t *testing.T) {
-	c := config(t)
-	if err := os.Mkdir(c.Dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	lock, err := takeOver(t.Context(), c)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c, lock := locked(t)
 	defer lock.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
