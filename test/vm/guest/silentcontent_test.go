@@ -149,7 +149,7 @@ func (w *contentWant) check(t *testing.T, list []*imalog.Entry, all bool) {
 // That the kernel reads a file to hash it is no change of the file, though xfs counts it as one: nobody has read it before.
 func TestNeverSilentFirstRead(t *testing.T) {
 	a := startAgent(t, "--digest", "kernel")
-	for _, p := range contentPlaces(t) {
+	for _, p := range contentPlaces(t, "FUSE", "NFS") { // whose servers have the change times: those may be others at the next look
 		path := p.dir + "/unread"
 		sum := makeProgram(t, path)
 		time.Sleep(50 * time.Millisecond) // the access time would stay as it is
