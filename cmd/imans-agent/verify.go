@@ -168,11 +168,11 @@ func (o verifyOptions) values(ctx context.Context, file io.Reader, bank ima.Hash
 			return nil, "", err
 		}
 		trust = backingOf(p.Software)
-		for _, text := range p.Values {
-			d, err := ima.ParseDigest(text)
-			if err != nil {
-				return nil, "", fmt.Errorf("read the agent's answer: %w", err)
-			}
+		digests, err := p.Digests()
+		if err != nil {
+			return nil, "", err
+		}
+		for _, d := range digests {
 			values.add(p.PCR, d)
 		}
 	}

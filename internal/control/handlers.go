@@ -82,6 +82,19 @@ type PCRs struct {
 	Software bool     `json:"software"` // the TPM is a program, as honest as its host
 }
 
+// Digests returns the values. An error: what was answered is none.
+func (p PCRs) Digests() ([]ima.Digest, error) {
+	var digests []ima.Digest
+	for _, text := range p.Values {
+		d, err := ima.ParseDigest(text)
+		if err != nil {
+			return nil, fmt.Errorf("read the agent's answer: %w", err)
+		}
+		digests = append(digests, d)
+	}
+	return digests, nil
+}
+
 // Entry is one entry of a list, as JSON has it.
 type Entry struct {
 	Number         int    `json:"number"` // from 0

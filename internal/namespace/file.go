@@ -57,6 +57,7 @@ type look struct {
 	entries map[entryKey]*imalog.Entry
 	pending Pending
 	inDoubt bool
+	proven  bool     // once provable, for good
 	file    *os.File // of a question; nil: the hook has seen it already
 }
 
@@ -93,7 +94,7 @@ func (t *Tree) File(ctx context.Context, ev *event.File) (Pending, error) {
 	}
 	s.gateSettles()
 	l.pending.event = ev
-	l.pending.mark = !l.inDoubt && ev.Policy == current && ev.Nlink > 0 && t.provable(ev)
+	l.pending.mark = !l.inDoubt && ev.Policy == current && ev.Nlink > 0 && l.provable()
 	return l.pending, nil
 }
 
@@ -127,6 +128,12 @@ func (t *Tree) provable(ev *event.File) bool {
 	}
 	clock, err := digest.ClockOfChanges() // before the look for writers: who comes after that moves the change time
 	return err == nil && digest.Settled(ev.Content, clock) && t.unwritten(ev) == nil
+}
+
+// provable asks the tree until it is so: what one level found out serves the next.
+func (l *look) provable() bool {
+	l.proven = l.proven || l.tree.provable(l.ev)
+	return l.proven
 }
 
 // unwritten returns an error unless it is known that nobody has opened a file for writing since its event. Who had it open then is a flag of the event.
@@ -316,7 +323,7 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 		return ima.Digest{}, event.LossContentChanged
 	}
 	if d := l.ev.Digest; !d.IsNone() && d.Algo() == algo {
-		if l.tree.provable(l.ev) {
+		if l.provable() {
 			l.tree.cache.Put(l.ev.Content, d)
 		}
 		return d, 0
@@ -327,7 +334,7 @@ func (l *look) digest(s *State, algo ima.HashAlgo) (ima.Digest, event.Loss) {
 	if l.file != nil {
 		return l.sumOfQuestion(s, algo)
 	}
-	cacheable := l.tree.provable(l.ev)
+	cacheable := l.provable()
 	if cacheable {
 		if d := l.tree.cache.Get(l.ev.Content, algo); !d.IsNone() {
 			return d, 0

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -199,11 +198,8 @@ func TestNeverSilentWriters(t *testing.T) {
 					t.Errorf("%s: %d violations, want %d; %d entries", place, violations[path], want, measured[path])
 				}
 				said := fmt.Sprintf(`"msg":"violation","reason":"%s","file":"%s","ns":"%s"`, reason, path, own)
-				n := strings.Count(a.log.String(), said)
-				for began := time.Now(); n < want && time.Since(began) < 10*time.Second; n = strings.Count(a.log.String(), said) {
-					time.Sleep(50 * time.Millisecond) // it comes through a pipe
-				}
-				if n != want {
+				a.awaitSaid(said, want)
+				if n := strings.Count(a.log.String(), said); n != want {
 					t.Errorf("%s: the agent's log has %d records %s, want %d: %s", place, n, said, want, tail(a.log.String(), 1000))
 				}
 			}

@@ -155,8 +155,9 @@ func TestNeverSilentFirstRead(t *testing.T) {
 		time.Sleep(50 * time.Millisecond) // the access time would stay as it is
 		mapped(t, path)()
 		list := a.list("native")
-		if _, violations := names(list); digestsOf(list)[fmt.Sprintf("sha256:%x", sum)] != 1 || violations[path] != 0 {
-			t.Errorf("%s: %d entries, %d violations", p.fs, digestsOf(list)[fmt.Sprintf("sha256:%x", sum)], violations[path])
+		entries := digestsOf(list)[fmt.Sprintf("sha256:%x", sum)]
+		if _, violations := names(list); entries != 1 || violations[path] != 0 {
+			t.Errorf("%s: %d entries, %d violations", p.fs, entries, violations[path])
 		}
 	}
 	a.verifyNow("native")

@@ -96,12 +96,12 @@ func (l list) proven(number int) error {
 	if err != nil {
 		return err
 	}
+	digests, err := p.Digests()
+	if err != nil {
+		return err
+	}
 	values := make(map[ima.HashAlgo]ima.Digest) // of one bank: a thousand programs replay up to a thousand entries each
-	for _, text := range p.Values {
-		d, err := ima.ParseDigest(text)
-		if err != nil {
-			return err
-		}
+	for _, d := range digests {
 		if d.Algo() == ima.SHA256 {
 			values[d.Algo()] = d
 		}
