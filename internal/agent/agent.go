@@ -106,6 +106,11 @@ func Run(ctx context.Context, c Config, log *zap.Logger) (err error) {
 	if treeConfig.Dir, err = bootDir(c.StateDir, log); err != nil {
 		return err
 	}
+	if n, err := vtpm.EndRemoved(c.StateDir); err != nil {
+		return err
+	} else if n > 0 {
+		log.Warn("vTPMs whose folder was removed are ended", zap.Int("vtpms", n))
+	}
 	closeTPM, err := openNative(ctx, c, &treeConfig)
 	if err != nil {
 		return err

@@ -33,8 +33,9 @@ func Unload(c Config) error {
 	if err != nil {
 		return err
 	}
-	left, err := leftVTPMs(c, dir)
-	errs := []error{err}
+	left, leftErr := leftVTPMs(c, dir)
+	_, err = vtpm.EndRemoved(c.StateDir)
+	errs := []error{leftErr, err}
 	for _, config := range left {
 		i, err := vtpm.Adopt(config)
 		if errors.Is(err, os.ErrNotExist) {

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -58,12 +60,44 @@ func EndUnrecorded(ctx context.Context, c Config) error {
 	return lock.Close()
 }
 
+// EndRemoved ends the processes whose folder was somewhere in dir and was removed, its record too, so that nothing else finds them. It returns
+// how many there were. Call it where no agent uses dir.
+func EndRemoved(dir string) (int, error) {
+	dir, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return 0, err
+	}
+	folder, err := os.Stat(dir)
+	if err != nil {
+		return 0, err
+	}
+	return endAll(func(pid int) (bool, error) { return wasIn(pid, dir, folder) })
+}
+
+// wasIn reports whether a process is a swtpm whose lock was a file in dir, by name and by file system: a container's own agent may use the
+// same names.
+func wasIn(pid int, dir string, folder os.FileInfo) (bool, error) {
+	lock, err := heldLock(pid)
+	if lock == nil || err != nil {
+		return false, err
+	}
+	name, err := os.Readlink(lockOf(pid))
+	within := strings.HasPrefix(name, dir+"/") && strings.HasSuffix(name, "/"+lockName+" (deleted)")
+	return within && lock.Sys().(*syscall.Stat_t).Dev == folder.Sys().(*syscall.Stat_t).Dev, err
+}
+
 // endHolder kills the swtpm that has the folder's lock.
 func endHolder(c Config) {
+	endAll(func(pid int) (bool, error) { return serves(pid, c) })
+}
+
+// endAll kills the processes that match, waits for their end, and returns how many there were. One that can't be looked at does not match.
+func endAll(match func(pid int) (bool, error)) (int, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
-		return
+		return 0, err
 	}
+	ended := 0
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil || pid <= 1 || pid == os.Getpid() {
@@ -73,22 +107,24 @@ func endHolder(c Config) {
 		if err != nil {
 			continue
 		}
-		if found, err := serves(pid, c); found && err == nil { // the descriptor holds the process that was looked at
-			unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+		found, err := look(pid, match) // the descriptor holds the process that is looked at
+		if found && err == nil && unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil {
+			(&Instance{pidfd: fd}).ended(takeOverTimeout)
+			ended++
 		}
 		unix.Close(fd)
 	}
+	return ended, nil
 }
 
-// serves reports whether a process was started for the folder: it is a swtpm, and its lock is the folder's. Only root can open that
-// file, so no other process can pass for it. An error: the process can't be looked at.
-func serves(pid int, c Config) (bool, error) {
+// look asks something of a process. An error: it can't be looked at.
+func look(pid int, match func(pid int) (bool, error)) (bool, error) {
 	type answer struct {
 		found bool
 		err   error
 	}
 	a, ok := proc.Ask(pid, func() answer {
-		found, err := hasLock(pid, c)
+		found, err := match(pid)
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 			err = nil // it has ended, or has no such descriptor
 		}
@@ -103,15 +139,24 @@ func serves(pid int, c Config) (bool, error) {
 	return a.found, nil
 }
 
-func hasLock(pid int, c Config) (bool, error) {
-	arguments, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil || !bytes.Contains(arguments, []byte("\x00"+stateOption+"\x00")) {
-		return false, err
-	}
-	theirs, err := os.Stat(fmt.Sprintf("/proc/%d/fd/%d", pid, lockFD))
-	if err != nil {
+// serves reports whether a process was started for the folder: it is a swtpm, and its lock is the folder's. Only root can open that
+// file, so no other process can pass for it.
+func serves(pid int, c Config) (bool, error) {
+	lock, err := heldLock(pid)
+	if lock == nil || err != nil {
 		return false, err
 	}
 	ours, err := os.Stat(filepath.Join(c.Dir, lockName))
-	return err == nil && os.SameFile(theirs, ours), err
+	return err == nil && os.SameFile(lock, ours), err
 }
+
+// heldLock returns the lock of a process that is a swtpm; nil: it is none.
+func heldLock(pid int) (os.FileInfo, error) {
+	arguments, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil || !bytes.Contains(arguments, []byte("\x00"+stateOption+"\x00")) {
+		return nil, err
+	}
+	return os.Stat(lockOf(pid))
+}
+
+func lockOf(pid int) string { return fmt.Sprintf("/proc/%d/fd/%d", pid, lockFD) }

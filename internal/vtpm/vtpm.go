@@ -235,7 +235,7 @@ func (i *Instance) reach(recorded string) error {
 	case start != recorded:
 		return ErrLost
 	}
-	found, err := serves(i.pid, i.config)
+	found, err := look(i.pid, func(pid int) (bool, error) { return serves(pid, i.config) })
 	switch {
 	case err != nil:
 		return err

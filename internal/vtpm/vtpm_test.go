@@ -230,6 +230,32 @@ func TestEndUnrecorded(t *testing.T) {
 	}
 }
 
+// What was removed with its record is ended; what is there, and what is elsewhere, goes on.
+func TestEndRemoved(t *testing.T) {
+	c, other := config(t), config(t)
+	beside := c
+	beside.Dir, beside.Socket = filepath.Join(filepath.Dir(c.Dir), "beside"), c.Socket+"2"
+	removed, there, elsewhere := start(t, c), start(t, beside), start(t, other)
+	defer removed.Close()
+	defer there.Stop()
+	defer elsewhere.Stop()
+	for _, dir := range []string{c.Dir, other.Dir} {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(filepath.Dir(c.Dir), link); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := EndRemoved(link); n != 1 || err != nil {
+		t.Errorf("%d ended, %v", n, err)
+	}
+	if removed.Running() || !there.Running() || !elsewhere.Running() {
+		t.Errorf("the removed one runs: %v, one beside it: %v, one elsewhere: %v", removed.Running(), there.Running(), elsewhere.Running())
+	}
+}
+
 // locked makes a folder that is in use.
 func locked(t *testing.T) (Config, *os.File) {
 	t.Helper()

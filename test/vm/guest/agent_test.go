@@ -170,6 +170,9 @@ func (a *agent) cleanup() {
 	if out, err := exec.Command(program, args...).CombinedOutput(); err != nil {
 		a.t.Errorf("unload: %v %s", err, out)
 	}
+	if left, err := exec.Command("pgrep", "-fa", "swtpm.*"+a.dir).Output(); err == nil {
+		a.t.Errorf("vTPMs are left: %s", left)
+	}
 	if a.t.Failed() && a.log != nil {
 		a.t.Logf("the agent's log:\n%s", tail(a.log.String(), 4000))
 		kernel, _ := exec.Command("dmesg").Output()
