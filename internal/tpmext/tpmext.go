@@ -26,6 +26,7 @@ import (
 	"time"
 
 	"github.com/google/go-tpm/tpm2/transport"
+	"golang.org/x/sys/unix"
 
 	"imans.dev/imans-agent/internal/ima"
 )
@@ -43,7 +44,8 @@ var (
 	ErrUnstable = errors.New("the PCRs keep changing")
 )
 
-// openTimeout bounds connecting and the first command, so that a TPM which is there and silent is noticed.
+// openTimeout bounds connecting and the first command, so that a TPM which is there and silent is noticed. A device's driver gives up on
+// that command much earlier, as soon as a machine has too much to do: it is sent again.
 const openTimeout = 10 * time.Second
 
 // TPM is a connection to a TPM. Its methods may be called from several goroutines.
@@ -103,14 +105,9 @@ func (t *TPM) Reopen(ctx context.Context) error {
 		}
 		return nil
 	}
-	conn, err := t.dial(ctx)
-	if err != nil {
-		return fmt.Errorf("open TPM %s: %w: %w", t.address, ErrUnavailable, err)
-	}
-	t.conn = conn
-	banks, err := t.activeBanks(ctx)
-	if errors.Is(err, ErrVersion) {
-		banks, err = []ima.HashAlgo{ima.SHA1}, t.open12(ctx)
+	banks, err := t.connect(ctx)
+	for errors.Is(err, unix.ETIME) && ctx.Err() == nil { // the kernel gave up on a command, which took more than 750 ms
+		banks, err = t.connect(ctx)
 	}
 	if err == nil && len(banks) == 0 {
 		err = errors.New("no active PCR bank; allocate one (tpm2_pcrallocate sha256:all) and reset the TPM")
@@ -124,6 +121,20 @@ func (t *TPM) Reopen(ctx context.Context) error {
 	}
 	t.banks = banks
 	return nil
+}
+
+// connect makes a connection and has the TPM say which banks are active. t.mu is held.
+func (t *TPM) connect(ctx context.Context) ([]ima.HashAlgo, error) {
+	conn, err := t.dial(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	t.conn = conn
+	banks, err := t.activeBanks(ctx)
+	if errors.Is(err, ErrVersion) {
+		banks, err = []ima.HashAlgo{ima.SHA1}, t.open12(ctx)
+	}
+	return banks, err
 }
 
 // drop gives up the connection. t.mu is held.

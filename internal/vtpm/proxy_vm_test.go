@@ -153,6 +153,21 @@ func TestVTPMProxyDevices(t *testing.T) {
 	}
 }
 
+// The kernel gives up on a command that a TPM has no time for. Who opens it waits for longer.
+func TestVTPMProxyThatIsSlow(t *testing.T) {
+	i := start(t, proxyConfig(t))
+	t.Cleanup(func() { i.Stop() })
+	if err := syscall.Kill(i.PID(), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	time.AfterFunc(3*time.Second, func() { syscall.Kill(i.PID(), syscall.SIGCONT) })
+	pcr(t, i.Address(), 1)
+	if waited := time.Since(began); waited < 2*time.Second {
+		t.Errorf("it answered after %v", waited)
+	}
+}
+
 // What swtpm holds is its own: its user can open neither the door to the driver nor another's device or state.
 func TestVTPMProxyIsUnprivileged(t *testing.T) {
 	c := proxyConfig(t)
