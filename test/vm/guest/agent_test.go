@@ -198,6 +198,16 @@ func (a *agent) isItself() {
 	}
 }
 
+// stands ends an agent that does not go on, and returns where its goroutines and the kernel's tasks that sleep without end stand.
+func (a *agent) stands() string {
+	before := len(a.log.String())
+	a.cmd.Process.Signal(syscall.SIGQUIT)
+	<-a.exited
+	os.WriteFile("/proc/sysrq-trigger", []byte("w"), 0)
+	kernel, _ := exec.Command("dmesg").Output()
+	return a.log.String()[before:] + tail(string(kernel), 8000)
+}
+
 func tail(s string, n int) string {
 	if len(s) > n {
 		return "…" + s[len(s)-n:]

@@ -328,7 +328,7 @@ func (a *agent) removed(c *tenant) {
 		if _, err := os.Stat(folder); os.IsNotExist(err) {
 			return
 		} else if time.Now().After(deadline) {
-			a.t.Fatalf("%s is still there: %s", folder, sh(a.t, "cat "+folder+"/container.json; ls -la "+folder))
+			a.t.Fatalf("%s is still there: %s\n%s", folder, sh(a.t, "cat "+folder+"/container.json; ls -la "+folder), a.stands())
 		}
 	}
 }
