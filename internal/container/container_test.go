@@ -87,6 +87,21 @@ func (s *server) kill() {
 	s.cmd.Wait()
 }
 
+// stop has the server answer nothing any more.
+func (s *server) stop(t *testing.T) {
+	t.Helper()
+	s.cmd.Process.Signal(syscall.SIGSTOP)
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
+		if err != nil || time.Now().After(deadline) {
+			t.Fatalf("the server does not stop: %v", err)
+		}
+		if strings.Contains(string(b), "T (stopped)") {
+			break
+		}
+	}
+}
+
 // child is a process in a mount namespace of its own.
 type child struct {
 	t *testing.T
@@ -334,20 +349,48 @@ func TestAttachedIsPrivate(t *testing.T) {
 	}
 }
 
+// The agent is its window's server: killed while it waits for itself, it would never end. So it asks itself nothing.
+func TestServerIsNotAsked(t *testing.T) {
+	dir := serverDir(t)
+	old, fresh := startChild(t, "--mount", sysFolder), startChild(t, "--mount", sysFolder)
+	before := startServer(t, dir)
+	if err := Attach(t.Context(), dir, old.Target); err != nil {
+		t.Fatal(err)
+	}
+	before.kill()
+	if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+		t.Fatal(err)
+	}
+	s := startServer(t, dir)
+	s.stop(t)
+	done := make(chan error, 1)
+	go func() {
+		err := Attach(t.Context(), dir, fresh.Target)
+		n, again := Reattach(t.Context(), dir, []Target{old.Target})
+		if n != 1 {
+			again = errors.Join(again, fmt.Errorf("%d windows are alive again", n))
+		}
+		done <- errors.Join(err, again)
+	}()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(5 * probeTimeout):
+		t.Error("it waits for an answer")
+	}
+	s.cmd.Process.Signal(syscall.SIGCONT)
+	for _, c := range []*child{old, fresh} {
+		c.shows(s, window)
+	}
+}
+
 // A server that does not answer holds nobody up for longer than it is given.
 func TestDeadWindowIsNotWaitedFor(t *testing.T) {
 	dir := serverDir(t)
 	s := startServer(t, dir)
-	s.cmd.Process.Signal(syscall.SIGSTOP)
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
-		if err != nil || time.Now().After(deadline) {
-			t.Fatalf("the server does not stop: %v", err)
-		}
-		if strings.Contains(string(b), "T (stopped)") {
-			break
-		}
-	}
+	s.stop(t)
 	fd, err := unix.Open(dir, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)

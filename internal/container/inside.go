@@ -21,7 +21,8 @@ type source struct {
 
 func (s *source) close() { unix.Close(s.dir) }
 
-// openSource opens the agent's own mount of the file system.
+// openSource opens the agent's own mount of the file system. It asks the server nothing, which is this process: killed meanwhile, it would wait
+// for itself, and for ever.
 func openSource(fsDir string) (*source, error) {
 	dir, err := unix.Open(fsDir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -29,7 +30,7 @@ func openSource(fsDir string) (*source, error) {
 	}
 	s := &source{dir: dir, groups: make(map[int]bool)}
 	var st unix.Statx_t
-	if err := unix.Statx(dir, "", unix.AT_EMPTY_PATH, unix.STATX_TYPE, &st); err != nil {
+	if err := unix.Statx(dir, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st); err != nil {
 		s.close()
 		return nil, fmt.Errorf("%w (%w)", &os.PathError{Op: "statx", Path: fsDir, Err: err}, ErrNoAgent)
 	}
