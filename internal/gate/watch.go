@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -182,7 +183,11 @@ func (w *watch) addReaders() {
 	}
 }
 
-// close ends the readers, when they come back, and the group, if the agent has closed it, too.
+// letGo ends the readers, when they come back, and the group, if the agent has closed it, too. It is not waited for: who asks another group about a
+// file that both watch holds this one, and the kernel lets its last descriptor not be closed until that question is answered. Source:
+// fs/notify/mark.c, fsnotify_prepare_user_wait; fs/notify/group.c, fsnotify_destroy_group.
+func (g *group) letGo() { go g.close() }
+
 func (g *group) close() {
 	for _, r := range g.readers {
 		r.file.Close()
@@ -213,7 +218,7 @@ func (w *watch) heard(text, control []byte) error {
 		}
 		name := nameIn(text)
 		if before, ok := w.groups[name]; ok {
-			before.close()
+			before.letGo()
 		}
 		g := &group{name: name, fd: fd, closed: text[0] == sayAddClosed}
 		w.groups[name] = g
@@ -229,7 +234,7 @@ func (w *watch) heard(text, control []byte) error {
 					unix.Close(int(number))
 				}
 			}
-			g.close()
+			g.letGo()
 		}
 	}
 	return nil
@@ -247,7 +252,30 @@ func (w *watch) orphaned(tick <-chan time.Time) error {
 			w.addReaders()
 		}
 	}
-	return nil // the kernel lets all through who wait
+	w.closeAll()
+	return nil
+}
+
+// closeAll closes all groups at once, after the agent, and the kernel lets all through who wait. In turns, as at an exit, the first could wait
+// for a question of the next, for ever (see letGo).
+func (w *watch) closeAll() {
+	const patience = 2 * time.Second
+	for began := time.Now(); os.Getppid() == w.agent && time.Since(began) < patience; {
+		time.Sleep(time.Millisecond)
+	}
+	closed := make(chan struct{})
+	go func() {
+		var all sync.WaitGroup
+		for _, g := range w.groups {
+			all.Go(g.close)
+		}
+		all.Wait()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(patience):
+	}
 }
 
 func (w *watch) anyIsClosed() bool {
