@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -67,23 +66,26 @@ func EndRemoved(dir string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	folder, err := os.Stat(dir)
-	if err != nil {
-		return 0, err
+	var folder unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, dir, 0, 0, &folder); err != nil {
+		return 0, fmt.Errorf("look at %s: %w", dir, err)
 	}
-	return endAll(func(pid int) (bool, error) { return wasIn(pid, dir, folder) })
+	return endAll(func(pid int) (bool, error) { return wasIn(pid, dir, &folder) })
 }
 
 // wasIn reports whether a process is a swtpm whose lock was a file in dir, by name and by file system: a container's own agent may use the
-// same names.
-func wasIn(pid int, dir string, folder os.FileInfo) (bool, error) {
-	lock, err := heldLock(pid)
-	if lock == nil || err != nil {
+// same names. Its memory, which may hang, is looked at last: most processes are told by the name alone.
+func wasIn(pid int, dir string, folder *unix.Statx_t) (bool, error) {
+	name, err := os.Readlink(lockOf(pid))
+	if err != nil || !strings.HasPrefix(name, dir+"/") || !strings.HasSuffix(name, "/"+lockName+" (deleted)") {
 		return false, err
 	}
-	name, err := os.Readlink(lockOf(pid))
-	within := strings.HasPrefix(name, dir+"/") && strings.HasSuffix(name, "/"+lockName+" (deleted)")
-	return within && lock.Sys().(*syscall.Stat_t).Dev == folder.Sys().(*syscall.Stat_t).Dev, err
+	var lock unix.Statx_t
+	err = unix.Statx(unix.AT_FDCWD, lockOf(pid), unix.AT_STATX_DONT_SYNC, 0, &lock)
+	if err != nil || lock.Dev_major != folder.Dev_major || lock.Dev_minor != folder.Dev_minor {
+		return false, err
+	}
+	return isSwtpm(pid)
 }
 
 // endHolder kills the swtpm that has the folder's lock.
@@ -109,7 +111,7 @@ func endAll(match func(pid int) (bool, error)) (int, error) {
 		}
 		found, err := look(pid, match) // the descriptor holds the process that is looked at
 		if found && err == nil && unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil {
-			(&Instance{pidfd: fd}).ended(takeOverTimeout)
+			endsWithin(fd, takeOverTimeout)
 			ended++
 		}
 		unix.Close(fd)
@@ -142,21 +144,22 @@ func look(pid int, match func(pid int) (bool, error)) (bool, error) {
 // serves reports whether a process was started for the folder: it is a swtpm, and its lock is the folder's. Only root can open that
 // file, so no other process can pass for it.
 func serves(pid int, c Config) (bool, error) {
-	lock, err := heldLock(pid)
-	if lock == nil || err != nil {
+	found, err := isSwtpm(pid)
+	if !found || err != nil {
+		return false, err
+	}
+	theirs, err := os.Stat(lockOf(pid))
+	if err != nil {
 		return false, err
 	}
 	ours, err := os.Stat(filepath.Join(c.Dir, lockName))
-	return err == nil && os.SameFile(lock, ours), err
+	return err == nil && os.SameFile(theirs, ours), err
 }
 
-// heldLock returns the lock of a process that is a swtpm; nil: it is none.
-func heldLock(pid int) (os.FileInfo, error) {
+// isSwtpm reports whether a process was started as one, by its arguments: they are in its memory.
+func isSwtpm(pid int) (bool, error) {
 	arguments, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil || !bytes.Contains(arguments, []byte("\x00"+stateOption+"\x00")) {
-		return nil, err
-	}
-	return os.Stat(lockOf(pid))
+	return bytes.Contains(arguments, []byte("\x00"+stateOption+"\x00")), err
 }
 
 func lockOf(pid int) string { return fmt.Sprintf("/proc/%d/fd/%d", pid, lockFD) }

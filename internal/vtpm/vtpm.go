@@ -288,8 +288,11 @@ func (i *Instance) Running() bool {
 	return unix.PidfdSendSignal(i.pidfd, 0, nil, 0) == nil && !i.ended(0)
 }
 
-func (i *Instance) ended(timeout time.Duration) bool {
-	fds := []unix.PollFd{{Fd: int32(i.pidfd), Events: unix.POLLIN}}
+func (i *Instance) ended(timeout time.Duration) bool { return endsWithin(i.pidfd, timeout) }
+
+// endsWithin waits for the end of a process, by its descriptor.
+func endsWithin(pidfd int, timeout time.Duration) bool {
+	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
 	for deadline := time.Now().Add(timeout); ; timeout = max(0, time.Until(deadline)) {
 		n, err := unix.Poll(fds, int(timeout.Milliseconds()))
 		if !errors.Is(err, unix.EINTR) {
