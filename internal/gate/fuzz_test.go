@@ -92,7 +92,7 @@ func FuzzHeard(f *testing.F) {
 		for _, g := range w.groups {
 			g.close()
 		}
-		for began := time.Now(); descriptors(t) != before; { // a group is let go of behind
+		for began := time.Now(); descriptors(t) != before; time.Sleep(time.Millisecond) { // a group is let go of behind
 			if time.Since(began) > 10*time.Second {
 				t.Fatalf("%d descriptors are open, %d were before", descriptors(t), before)
 			}

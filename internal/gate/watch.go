@@ -259,6 +259,9 @@ func (w *watch) orphaned(tick <-chan time.Time) error {
 // closeAll closes all groups at once, after the agent, and the kernel lets all through who wait. In turns, as at an exit, the first could wait
 // for a question of the next, for ever (see letGo).
 func (w *watch) closeAll() {
+	if len(w.groups) == 0 {
+		return
+	}
 	const patience = 2 * time.Second
 	for began := time.Now(); os.Getppid() == w.agent && time.Since(began) < patience; {
 		time.Sleep(time.Millisecond)
