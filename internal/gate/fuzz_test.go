@@ -68,7 +68,7 @@ func FuzzHeard(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer unix.Close(null)
-		w := &watch{conn: -1, null: null, groups: make(map[event.MountNS]*group), waiting: make(map[int32]*group)}
+		w := &watch{conn: -1, null: null, groups: make(map[event.MountNS]*group), waiting: make(map[int32]waiting)}
 		before := descriptors(t)
 		for len(messages) > 0 {
 			n := min(int(messages[0]), len(messages)-1, messageSize)
@@ -89,10 +89,10 @@ func FuzzHeard(f *testing.F) {
 				t.Fatalf("%q: %v", message, err)
 			}
 		}
-		for _, g := range w.groups {
+		for _, g := range w.all() {
 			g.close()
 		}
-		for began := time.Now(); descriptors(t) != before; time.Sleep(time.Millisecond) { // a group is let go of behind
+		for began := time.Now(); descriptors(t) != before; time.Sleep(time.Millisecond) {
 			if time.Since(began) > 10*time.Second {
 				t.Fatalf("%d descriptors are open, %d were before", descriptors(t), before)
 			}

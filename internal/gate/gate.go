@@ -387,7 +387,7 @@ func (g *Gates) close(one *gate) error {
 	}
 	one.end()
 	err := g.guard.remove(one.name)
-	go one.group.Close() // when the guard has closed it, too, the kernel lets all through; not waited for, as in letGo
+	go one.group.Close() // mostly the guard's descriptor is the last; else see letGo
 	return err
 }
 

@@ -130,6 +130,17 @@ func (m *mounted) run(path string) {
 	}
 }
 
+// guard returns the guard's process, or 0 while there is none.
+func (m *mounted) guard() int {
+	g := m.gates.guard
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.conn < 0 {
+		return 0
+	}
+	return g.cmd.Process.Pid
+}
+
 func (m *mounted) eventually(what string, holds func() bool) {
 	m.t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); !holds(); time.Sleep(10 * time.Millisecond) {
@@ -390,6 +401,69 @@ func TestRenewedWhileAsked(t *testing.T) {
 	m.eventually("it runs", func() bool { return exists(ran) && m.missed.Load() == 0 })
 }
 
+// Who waits at one gate holds, in the kernel, what another one ignores about the same file, and so that one's end (see letGo): neither the agent
+// nor its guard waits for it, nor does a child of the agent. The kernel asks the groups in their order, and holds what is behind.
+func TestCloseBesideAnother(t *testing.T) {
+	type question struct {
+		owner event.MountNS
+		Asked
+	}
+	seen, answer := make(chan question, 4), make(chan struct{})
+	var waits atomic.Bool
+	m := mount(t, Config{Timeout: time.Minute, Ask: func(ctx context.Context, owner event.MountNS, a *Asked) error {
+		seen <- question{owner, *a}
+		if waits.Load() && filepath.Base(a.Event.Path) == "waits" {
+			<-answer
+		}
+		return nil
+	}})
+	other := event.MountNS{Inum: m.owner.Inum, ID: 2}
+	if err := m.gates.Open(other, m.mounts(Mount{m.dir, m.fsType, 1}), Mounts{}, How{}); err != nil {
+		t.Fatal(err)
+	}
+	path, ran := m.start("waits")
+	m.eventually("it runs", func() bool { return exists(ran) })
+	first, second := <-seen, <-seen
+	m.gates.Settled(first.Event)
+	if err := m.gates.Flush(first.owner); err != nil {
+		t.Fatal(err)
+	}
+	waits.Store(true)
+	m.run(path)
+	if q := <-seen; q.owner != first.owner {
+		t.Fatalf("%v asks, which was to ignore it", q.owner)
+	}
+
+	began := time.Now()
+	if err := m.gates.Close(second.owner); err != nil {
+		t.Fatal(err)
+	}
+	_, ran = m.start("other")
+	if d := time.Since(began); d > 10*time.Second {
+		t.Errorf("closing it and starting a program took %v", d)
+	}
+	m.eventually("another one runs", func() bool { return exists(ran) })
+	groups := func() (n int) {
+		guard := fmt.Sprintf("/proc/%d/fd", m.guard())
+		all, err := os.ReadDir(guard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, one := range all {
+			if to, _ := os.Readlink(filepath.Join(guard, one.Name())); to == "anon_inode:[fanotify]" {
+				n++
+			}
+		}
+		return n
+	}
+	const each = 2 // the group, and its reader's
+	if n := groups(); n != 2*each {
+		t.Errorf("the guard has %d descriptors of groups, want those of two", n)
+	}
+	close(answer)
+	m.eventually("the group is closed", func() bool { return groups() == each })
+}
+
 // Who waits when the agent stops is turned away where the gate is closed, and let through elsewhere. A gate that is closed later is so from
 // then on.
 func TestClosedAtTheEnd(t *testing.T) {
@@ -426,20 +500,11 @@ func TestGuardLost(t *testing.T) {
 	for name, signal := range map[string]unix.Signal{"killed": unix.SIGKILL, "hangs": unix.SIGSTOP} {
 		t.Run(name, func(t *testing.T) {
 			m := mount(t, Config{Timeout: 10 * time.Second, Ask: func(context.Context, event.MountNS, *Asked) error { return nil }})
-			g := m.gates.guard
-			pid := func() int {
-				g.mu.Lock()
-				defer g.mu.Unlock()
-				if g.conn < 0 {
-					return 0
-				}
-				return g.cmd.Process.Pid
-			}
-			first := pid()
+			first := m.guard()
 			if err := unix.Kill(first, signal); err != nil {
 				t.Fatal(err)
 			}
-			m.eventually("another guard", func() bool { p := pid(); return p != 0 && p != first && m.dropped.Load() == 1 })
+			m.eventually("another guard", func() bool { p := m.guard(); return p != 0 && p != first && m.dropped.Load() == 1 })
 			_, ran := m.start("guarded")
 			m.eventually("it runs", func() bool { return exists(ran) && m.asked.Load() == 1 })
 		})

@@ -4,7 +4,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -32,7 +34,7 @@ func Guard(conn, agent int, patience time.Duration) error {
 	}
 	standing.StayInMemory() // else it would hang where memory is short; who may not does without
 	w := &watch{
-		conn: conn, agent: agent, null: null, groups: make(map[event.MountNS]*group), waiting: make(map[int32]*group),
+		conn: conn, agent: agent, null: null, groups: make(map[event.MountNS]*group), waiting: make(map[int32]waiting),
 		messages: make(chan message), asked: make(chan asked),
 	}
 	go w.listen()
@@ -59,6 +61,7 @@ func Guard(conn, agent int, patience time.Duration) error {
 			w.questions(a, !hangs)
 		case <-tick.C:
 			w.addReaders()
+			w.closeEnded(time.Now())
 		}
 		if !hangs && time.Since(last) > patience {
 			hangs = true
@@ -74,9 +77,16 @@ type watch struct {
 	null     int
 	leave    bool
 	groups   map[event.MountNS]*group
-	waiting  map[int32]*group // questions that were handed on, by their numbers, which are descriptors
-	messages chan message     // of the agent; closed when it has ended
+	ended    []*group          // that are to be closed
+	waiting  map[int32]waiting // questions that were handed on, by their numbers, which are descriptors
+	messages chan message      // of the agent; closed when it has ended
 	asked    chan asked
+}
+
+// waiting is a question that was handed on.
+type waiting struct {
+	group *group
+	since time.Time
 }
 
 // message is one of the agent's, with what came with it.
@@ -95,6 +105,7 @@ type group struct {
 	fd      int
 	closed  bool
 	readers []*reader
+	ended   time.Time // when the agent let it go
 }
 
 // reader is a goroutine that reads a group by a descriptor of its own.
@@ -159,19 +170,23 @@ func (w *watch) addReader(g *group) error {
 	return nil
 }
 
+// all returns all groups, those that are to be closed among them.
+func (w *watch) all() []*group { return append(slices.Collect(maps.Values(w.groups)), w.ended...) }
+
 // hangs reports whether all readers do.
 func (g *group) hangs() bool {
-	for _, r := range g.readers {
-		if since := r.since.Load(); since == nil || time.Since(*since) < readerHangsAfter {
-			return false
-		}
-	}
-	return true
+	now := time.Now()
+	return !slices.ContainsFunc(g.readers, func(r *reader) bool { return !r.hangs(now) })
+}
+
+func (r *reader) hangs(now time.Time) bool {
+	since := r.since.Load()
+	return since != nil && now.Sub(*since) >= readerHangsAfter
 }
 
 // addReaders gives each group one more whose readers all hang. One that has too many asks nothing more: the hooks see what it would have asked.
 func (w *watch) addReaders() {
-	for _, g := range w.groups {
+	for _, g := range w.all() {
 		if !g.hangs() {
 			continue
 		}
@@ -183,11 +198,50 @@ func (w *watch) addReaders() {
 	}
 }
 
-// letGo ends the readers, when they come back, and the group, if the agent has closed it, too. It is not waited for: who asks another group about a
-// file that both watch holds this one, and the kernel lets its last descriptor not be closed until that question is answered. Source:
-// fs/notify/mark.c, fsnotify_prepare_user_wait; fs/notify/group.c, fsnotify_destroy_group.
-func (g *group) letGo() { go g.close() }
+// letGo has a group ask nothing more, lets all through who wait at it, and closes it later: who waits at another group for the answer about a file that
+// both watch, holds this one, and the kernel lets whoever closes its last descriptor wait for that answer, be it this process, the agent, or a child
+// of the agent's before its exec. Source: fs/notify/mark.c, fsnotify_prepare_user_wait; fs/notify/group.c, fsnotify_destroy_group.
+func (w *watch) letGo(g *group) {
+	delete(w.groups, g.name)
+	unmark(g.fd)
+	for number, q := range w.waiting {
+		if q.group == g {
+			respond(g.fd, number, true)
+			w.forget(number)
+		}
+	}
+	g.ended = time.Now()
+	w.ended = append(w.ended, g)
+}
 
+// forget is called when a question is none any more.
+func (w *watch) forget(number int32) {
+	delete(w.waiting, number)
+	unix.Close(int(number))
+}
+
+// unreadFor is how long a question may be on its way to this process.
+const unreadFor = 100 * time.Millisecond
+
+// closeEnded closes the groups that were let go, once nobody waits who was there before. One whose question is not read, as its reader hangs, is not
+// known here: so the close is not waited for.
+func (w *watch) closeEnded(now time.Time) {
+	w.ended = slices.DeleteFunc(w.ended, func(g *group) bool {
+		free := g.ended.Add(unreadFor)
+		if now.Before(free) || g.oneHangs(now) {
+			return false
+		}
+		for _, q := range w.waiting {
+			if q.since.Before(free) {
+				return false
+			}
+		}
+		go g.close()
+		return true
+	})
+}
+
+// close ends the readers, when they come back, and the group, if the agent has closed it, too.
 func (g *group) close() {
 	for _, r := range g.readers {
 		r.file.Close()
@@ -204,8 +258,7 @@ func (w *watch) heard(text, control []byte) error {
 	case text[0] == sayAnswered && len(text) == answeredSize:
 		number := int32(binary.LittleEndian.Uint32(text[1:]))
 		if _, ok := w.waiting[number]; ok {
-			delete(w.waiting, number)
-			unix.Close(int(number))
+			w.forget(number)
 		}
 	case text[0] == sayAdd || text[0] == sayAddClosed:
 		fd, err := descriptorIn(control)
@@ -218,7 +271,7 @@ func (w *watch) heard(text, control []byte) error {
 		}
 		name := nameIn(text)
 		if before, ok := w.groups[name]; ok {
-			before.letGo()
+			w.letGo(before)
 		}
 		g := &group{name: name, fd: fd, closed: text[0] == sayAddClosed}
 		w.groups[name] = g
@@ -226,15 +279,7 @@ func (w *watch) heard(text, control []byte) error {
 	case text[0] == sayRemove && len(text) == messageSize:
 		name := nameIn(text)
 		if g, ok := w.groups[name]; ok && !(g.closed && w.leave) {
-			delete(w.groups, name)
-			for number, of := range w.waiting {
-				if of == g {
-					respond(g.fd, number, true)
-					delete(w.waiting, number)
-					unix.Close(int(number))
-				}
-			}
-			g.letGo()
+			w.letGo(g)
 		}
 	}
 	return nil
@@ -259,7 +304,8 @@ func (w *watch) orphaned(tick <-chan time.Time) error {
 // closeAll closes all groups at once, after the agent, and the kernel lets all through who wait. In turns, as at an exit, the first could wait
 // for a question of the next, for ever (see letGo).
 func (w *watch) closeAll() {
-	if len(w.groups) == 0 {
+	groups := w.all()
+	if len(groups) == 0 {
 		return
 	}
 	const patience = 2 * time.Second
@@ -269,7 +315,7 @@ func (w *watch) closeAll() {
 	closed := make(chan struct{})
 	go func() {
 		var all sync.WaitGroup
-		for _, g := range w.groups {
+		for _, g := range groups {
 			all.Go(g.close)
 		}
 		all.Wait()
@@ -292,14 +338,12 @@ func (w *watch) anyIsClosed() bool {
 
 // anyHangs reports whether one of the readers does.
 func (w *watch) anyHangs() bool {
-	for _, g := range w.groups {
-		for _, r := range g.readers {
-			if since := r.since.Load(); since != nil && time.Since(*since) >= readerHangsAfter {
-				return true
-			}
-		}
-	}
-	return false
+	return slices.ContainsFunc(w.all(), func(g *group) bool { return g.oneHangs(time.Now()) })
+}
+
+// oneHangs reports whether one of the readers does.
+func (g *group) oneHangs(now time.Time) bool {
+	return slices.ContainsFunc(g.readers, func(r *reader) bool { return r.hangs(now) })
 }
 
 // takeOver answers what the agent was asked and did not answer, and takes the marks off, but those of closed gates.
@@ -309,11 +353,10 @@ func (w *watch) takeOver() {
 			unmark(g.fd)
 		}
 	}
-	for number, g := range w.waiting {
-		respond(g.fd, number, !g.closed) // one that was answered meanwhile is no question any more
-		unix.Close(int(number))
+	for number, q := range w.waiting {
+		respond(q.group.fd, number, !q.group.closed) // one that was answered meanwhile is no question any more
+		w.forget(number)
 	}
-	clear(w.waiting)
 }
 
 // questions hands on what the agent is to answer, and answers the rest.
@@ -324,18 +367,18 @@ func (w *watch) questions(a asked, handOn bool) {
 		if m.Fd < 0 {
 			continue
 		}
-		ours := handOn && isBelow(int(m.Pid), func(pid int) bool { return pid == w.agent })
-		if !ours && handOn && w.handOn(a.group.name, m) {
+		let := !a.group.ended.IsZero() || handOn && isBelow(int(m.Pid), func(pid int) bool { return pid == w.agent })
+		if !let && handOn && w.handOn(a.group.name, m) {
 			// The number is taken until it is answered, but the file is not open here any more, as one in use would be.
 			unix.Dup3(w.null, int(m.Fd), unix.O_CLOEXEC)
-			w.waiting[m.Fd] = a.group
+			w.waiting[m.Fd] = waiting{a.group, time.Now()}
 			continue
 		}
 		inside := func(pid int) bool {
 			of, err := proc.Namespace(pid, "mnt")
 			return err == nil && of == a.group.name.Inum
 		}
-		respond(a.group.fd, m.Fd, ours || !a.group.closed || !isBelow(int(m.Pid), inside))
+		respond(a.group.fd, m.Fd, let || !a.group.closed || !isBelow(int(m.Pid), inside))
 		unix.Close(int(m.Fd))
 	}
 }
