@@ -22,6 +22,7 @@ import (
 	"imans.dev/imans-agent/internal/control"
 	"imans.dev/imans-agent/internal/durable"
 	"imans.dev/imans-agent/internal/feature"
+	"imans.dev/imans-agent/internal/gate"
 	"imans.dev/imans-agent/internal/ima"
 	"imans.dev/imans-agent/internal/imafs"
 	"imans.dev/imans-agent/internal/imalog"
@@ -367,7 +368,11 @@ func lock(dir string) (unlock func(), err error) {
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("lock state folder %s: %w", dir, ErrRunning)
+		err = fmt.Errorf("lock state folder %s: %w", dir, ErrRunning)
+		if waiting := gate.Waiting(); len(waiting) > 0 {
+			err = fmt.Errorf("%w; if it was killed it may not end before what waits at its gates: kill %v", err, waiting)
+		}
+		return nil, err
 	}
 	return func() { f.Close() }, nil
 }

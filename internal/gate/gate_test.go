@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -171,6 +172,9 @@ func TestAsked(t *testing.T) {
 	time.Sleep(300 * time.Millisecond)
 	if exists(ran) {
 		t.Error("it did not wait")
+	}
+	if pid := a.Event.Process.PID; !slices.Contains(Waiting(), int(pid)) {
+		t.Errorf("%d waits, and is not among %v", pid, Waiting())
 	}
 	close(release)
 	m.eventually("it runs", func() bool { return exists(ran) })

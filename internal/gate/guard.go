@@ -66,6 +66,9 @@ func newGuard(c Config, args []string, stateFile string) *guard {
 	if g.old, err = readGuard(stateFile); err != nil {
 		c.Log.Warn("gates that it holds closed stay so; end it by hand", zap.Error(err))
 	}
+	if pid := g.old.PID; pid != 0 && heldUp(pid) { // no gate of this agent's has asked anything yet
+		c.Log.Error("an earlier agent's guard was killed, and what waits at its gates will wait for ever: kill it", zap.Int("guard", pid), zap.Ints("kill", Waiting()))
+	}
 	return g
 }
 

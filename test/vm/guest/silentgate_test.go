@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -550,4 +551,82 @@ func TestNeverSilentGateKilled(t *testing.T) {
 			g.runs(last)
 		})
 	}
+}
+
+// Agent and guard that are killed in the same moment may hold each other up while programs wait at gates that watch the same files (ADR 0014). Then
+// the next agent names these programs, and starts when they are killed.
+func TestNeverSilentGateKilledWhole(t *testing.T) {
+	sample(t, "6.12")
+	a := startAgent(t, "--namespaces", "all", "--gate-timeout", "20s")
+	both := []*gated{startGated(t, a, "exec"), startGated(t, a, "exec")}
+	var waiting []*exec.Cmd
+	var ran [2]string
+	for i, g := range both { // what one gate knows is asked about by the other: of two groups the kernel asks one first
+		var path string
+		path, ran[i] = g.script("known")
+		knows := both[1-i]
+		knows.waitsFor("it asks no more about it", func() bool {
+			knows.runs(path)
+			// Source: fs/notify/fdinfo.c, fanotify_fdinfo.
+			return exec.Command("grep", "-rqs", "fanotify ino:"+sh(t, "printf %x $(stat -c %i "+path+") "), fmt.Sprintf("/proc/%d/fdinfo", a.cmd.Process.Pid)).Run() == nil
+		})
+		if err := os.Remove(ran[i]); err != nil {
+			t.Fatal(err)
+		}
+		g.runs("/bin/sh", "-c", ":")
+		waiting = append(waiting, g.command(path))
+	}
+	a.cmd.Process.Signal(syscall.SIGSTOP)
+	for i, cmd := range waiting {
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		both[i].waitsFor("it waits", func() bool {
+			return strings.HasPrefix(readFile(t, fmt.Sprintf("/proc/%d/wchan", cmd.Process.Pid)), "fanotify_")
+		})
+	}
+	guard := sh(t, fmt.Sprintf("pgrep -P %d -f gate-guard", a.cmd.Process.Pid))
+	sh(t, fmt.Sprintf("kill -9 %d %s", a.cmd.Process.Pid, guard))
+
+	named, killed := regexp.MustCompile(`kill"?:? ?\[([0-9 ,]+)\]`), 0
+	killNamed := func() {
+		if found := named.FindStringSubmatch(a.log.String()); found != nil {
+			sh(t, "kill -9 "+strings.ReplaceAll(found[1], ",", " "))
+			killed++
+		}
+	}
+	a.launch()
+	both[0].waitsFor("the next agent starts", func() bool {
+		if _, err := a.client().Status(t.Context()); err == nil {
+			return true
+		}
+		select {
+		case <-a.exited:
+			killNamed()
+			a.launch()
+		default:
+		}
+		return false
+	})
+	ended := make(chan error, len(waiting))
+	for _, cmd := range waiting {
+		go func() { ended <- cmd.Wait() }()
+	}
+	time.Sleep(time.Second) // what is not held up has ended
+	killNamed()
+	for range waiting {
+		select {
+		case err := <-ended:
+			if err != nil && killed == 0 {
+				t.Errorf("what waited: %v", err)
+			}
+		case <-time.After(time.Minute):
+			t.Fatalf("what waited waits still: %s", a.stands())
+		}
+	}
+	if killed == 0 && !(exists(ran[0]) && exists(ran[1])) {
+		t.Error("what waited did not run")
+	}
+	t.Logf("they held each other up: %v", killed > 0)
+	both[0].waitsUntilGated()
 }
