@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -597,7 +598,9 @@ func TestNeverSilentGateKilledWhole(t *testing.T) {
 	}
 	a.launch()
 	both[0].waitsFor("the next agent starts", func() bool {
-		if _, err := a.client().Status(t.Context()); err == nil {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second) // the socket may still be that of who was killed
+		defer cancel()
+		if _, err := a.client().Status(ctx); err == nil {
 			return true
 		}
 		select {
