@@ -118,7 +118,7 @@ func (a *agent) start() {
 	a.launch()
 	deadline := time.Now().Add(2 * time.Minute)
 	for {
-		_, err := a.client().Status(a.t.Context())
+		err := a.answers(10 * time.Second)
 		if err == nil {
 			return
 		}
@@ -132,6 +132,16 @@ func (a *agent) start() {
 			a.t.Fatalf("the agent does not answer, %v: %s", err, a.log)
 		}
 	}
+}
+
+// answers asks the agent for its status, and waits for that so long: the socket may be that of one that was killed and has not ended.
+func (a *agent) answers(within time.Duration) error {
+	ctx, cancel := context.WithTimeout(a.t.Context(), within)
+	defer cancel()
+	client := a.client()
+	defer client.Close()
+	_, err := client.Status(ctx)
+	return err
 }
 
 // signal ends the process.

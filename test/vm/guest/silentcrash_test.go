@@ -187,7 +187,7 @@ func (c *crashes) dieCatchingUp(p fault.Point) {
 	c.a.launch()
 	c.a.fault = ""
 	for began := time.Now(); !c.dead(20 * time.Millisecond); {
-		if _, err := c.a.client().Status(c.t.Context()); err == nil || time.Since(began) > crashPatience {
+		if c.a.answers(crashPatience) == nil || time.Since(began) > crashPatience {
 			c.a.cmd.Process.Kill()
 		}
 	}

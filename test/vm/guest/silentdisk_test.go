@@ -305,7 +305,7 @@ func TestNeverSilentSurroundings(t *testing.T) {
 func (a *agent) awaitSocket() {
 	a.t.Helper()
 	for began := time.Now(); ; time.Sleep(50 * time.Millisecond) {
-		if _, err := a.client().Status(a.t.Context()); err == nil {
+		if err := a.answers(time.Minute); err == nil {
 			return
 		} else if time.Since(began) > time.Minute {
 			a.t.Fatalf("the control socket is gone: %v", err)

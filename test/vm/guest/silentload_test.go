@@ -43,7 +43,7 @@ func loadedAgent(t *testing.T, under func(a *agent), args ...string) {
 func (a *agent) catchesUp() {
 	a.t.Helper()
 	for deadline := time.Now().Add(5 * time.Minute); ; time.Sleep(200 * time.Millisecond) {
-		_, err := a.client().Status(a.t.Context())
+		err := a.answers(time.Minute)
 		if err == nil {
 			return
 		}
