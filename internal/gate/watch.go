@@ -226,15 +226,15 @@ const unreadFor = 100 * time.Millisecond
 // closeEnded closes the groups that were let go, once nobody waits who was there before. One whose question is not read, as its reader hangs, is not
 // known here: so the close is not waited for.
 func (w *watch) closeEnded(now time.Time) {
-	w.ended = slices.DeleteFunc(w.ended, func(g *group) bool {
-		free := g.ended.Add(unreadFor)
-		if now.Before(free) || g.oneHangs(now) {
-			return false
+	oldest := now
+	for _, q := range w.waiting {
+		if q.since.Before(oldest) {
+			oldest = q.since
 		}
-		for _, q := range w.waiting {
-			if q.since.Before(free) {
-				return false
-			}
+	}
+	w.ended = slices.DeleteFunc(w.ended, func(g *group) bool {
+		if g.ended.Add(unreadFor).After(oldest) || g.oneHangs(now) {
+			return false
 		}
 		go g.close()
 		return true
